@@ -1,0 +1,1 @@
+"""What every paper shares: arrays, gradients, kernels, data, the training loop."""

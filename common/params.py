@@ -1,0 +1,74 @@
+"""All weights of a model as named views of one flat vector, and their gradients as another."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+
+from common.backend import gemm, to_device, to_host, xp
+
+
+class Params(Mapping):
+    """`p["name"]` is a view into `p.flat`; the order of the names is the order in memory."""
+
+    def __init__(self, arrays, dtype=np.float32):
+        self.spans, self.views, size = {}, {}, 0
+        for name, a in arrays.items():
+            self.spans[name] = slice(size, size + a.size)
+            size += a.size
+        self.flat = xp.zeros(size, dtype)
+        for name, a in arrays.items():
+            self.views[name] = self.flat[self.spans[name]].reshape(a.shape)
+            self.views[name][...] = to_device(np.asarray(a, dtype))
+
+    def __getitem__(self, name):
+        return self.views[name]
+
+    def __iter__(self):
+        return iter(self.views)
+
+    def __len__(self):
+        return len(self.views)
+
+    def span(self, prefix):
+        """The slice of `flat` that holds all names starting with `prefix` (they are neighbours)."""
+        spans = [s for name, s in self.spans.items() if name.startswith(prefix)]
+        assert spans, f"no parameter starts with {prefix!r}"
+        assert all(a.stop == b.start for a, b in pairwise(spans)), prefix
+        return slice(spans[0].start, spans[-1].stop)
+
+    def grads(self):
+        return Grads(self)
+
+    def host(self):
+        """A plain dict of NumPy arrays, for files and figures."""
+        return {name: to_host(a) for name, a in self.items()}
+
+
+class Grads(Params):
+    """Same names, same shapes, zero at first. `linear` queues its products: see `flush`."""
+
+    def __init__(self, p):
+        super().__init__({k: np.zeros(v.shape) for k, v in p.items()}, p.flat.dtype)
+        self.queues = {}
+
+    def queue(self, name, x, dy):
+        """Remember that `y = x W + b` received dy; a weight used N times waits for one product."""
+        self.queues.setdefault(name, []).append((x, dy))
+
+    def flush(self):
+        """dW += x^T dy and db += sum dy, one product per weight however often it was used."""
+        for name, uses in self.queues.items():
+            x, dy = (join([use[k] for use in uses]) for k in (0, 1))
+            self[name + ".W"][...] += gemm(x.T, dy)
+            if name + ".b" in self:
+                self[name + ".b"][...] += gemm(xp.ones_like(dy[:, 0]), dy)
+        self.queues.clear()
+
+    def zero(self):
+        self.flat[...] = 0
+        self.queues.clear()
+
+
+def join(arrays):
+    return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)

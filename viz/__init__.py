@@ -1,0 +1,1 @@
+"""Code that draws arrays and run folders: boxes, curves, GIFs, result tables. It trains nothing."""
