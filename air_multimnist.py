@@ -92,8 +92,18 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "quick": {"steps": 800, "test_scenes": 2000},
-    "long": {"steps": 30_000, "eval_every": 500},
+    "quick": {"steps": 1000, "test_scenes": 2000},
+    "long": {"steps": 30_000, "eval_every": 1000},
+    "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
+    "sprites": {"data": "sprites"},
+    "omniglot": {"data": "omniglot", "max_steps": 4, "counts": (1,), "eval_every": 250},
+    "paper": {"estimator": "nvil", "steps": 200_000, "lr": 1e-4, "lr_floor": 1.0,
+              "baseline_lr": 10.0, "temperature": 1.0, "temperature_steps": 0,
+              "prior_first": 5.0, "prior": 5.0, "eval_every": 2000},
+    "reduction": {"model": "heads", "estimator": "relaxed", "layout": "overlap", "canvas": 32,
+                  "digit_low": 12, "digit_high": 18, "glimpse": 16, "hidden": 100, "what": 20,
+                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_weight": 0.3, "batch_size": 32,
+                  "steps": 3000},
 }
 
 
@@ -721,13 +731,15 @@ def figures(folders, data_dir=None):
                   [("count_accuracy", "count accuracy"), ("elbo", "ELBO (nats)"),
                    ("mse", "squared error per pixel")])
     gif.attention_gif(folder / "attention.gif", list(frames(folder)))
+    return {"figures": str(folder)}
 
 
 def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
-    return Config(**config), Params(weights)
+    return cli.from_dict(Config, config, folder), Params(weights)
 
 
 if __name__ == "__main__":
-    cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures)
+    cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
+             adjustable=("max_steps", "prior"))

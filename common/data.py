@@ -4,14 +4,15 @@ Real files are looked for in --data-dir, then in $SCENES_DATA, then in the cache
 network; when none of these has them, handwriting is drawn instead, and a box on stderr says so.
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.client
 import io
+import math
 import os
 import re
 import sys
-import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -36,6 +37,7 @@ MNIST = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
 OMNIGLOT = {"train": ("images_background.zip", "images_background.npz",
                       "images_background_small1.zip"),
             "test": ("images_evaluation.zip", "images_evaluation.npz")}
+PICTURE = re.compile(r"[^/]+/character\d+/\w+\.png$")
 MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -103,12 +105,14 @@ def download(kind, name):
 
 def write(path, blob):
     """Whole or not at all; a cache that cannot be written is no reason to stop."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(blob)
-        os.replace(file.name, path)
+        draft.write_bytes(blob)
+        os.replace(draft, path)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            draft.unlink()
         print(f"cannot keep {path}: {e.strerror}", file=sys.stderr)
 
 
@@ -124,7 +128,7 @@ def announce(missing, drawn):
 # ---------------------------------------------------------------- MNIST
 
 def digits(split, data_dir=None, drawn=False):
-    """MNIST's "train" or "test" digits, or drawn ones if there are none or `drawn` asks for them."""
+    """MNIST's "train" or "test" digits; drawn ones if there are none, or if `drawn`."""
     if not drawn:
         hits = []
         for name in MNIST[split]:
@@ -153,10 +157,11 @@ def read_idx(path, blob):
     axes = blob[3] if blob[:3] == b"\0\0\x08" and len(blob) > 3 else 0
     if axes not in (1, 3):
         raise Fail(f"{path} is not an idx file of bytes")
-    shape = np.frombuffer(blob[4:4 + 4 * axes], ">u4").tolist()
-    if len(shape) < axes or len(blob) != 4 + 4 * axes + np.prod(shape, dtype=object):
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(blob[i:i + 4], "big") for i in range(4, start, 4)]
+    if len(blob) != start + math.prod(shape):
         raise Fail(f"{path} is truncated or too long: {len(blob)} bytes for sizes {shape}")
-    return np.frombuffer(blob, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    return np.frombuffer(blob, np.uint8, offset=start).reshape(shape).copy()
 
 
 # ---------------------------------------------------------------- Omniglot
@@ -167,7 +172,7 @@ def omniglot(split, data_dir=None):
     if hit is None:
         announce("Omniglot", "drawn characters")
         seed, count = DRAWN_CHARACTERS[split]
-        images, labels = draw(*invented(seed, count), seed, 20 * count, size=50, box=42, pen=0.9)
+        images, labels = draw(*invented(seed, count), seed, 20 * count, size=50, box=36, pen=1.1)
         return Glyphs(images, labels, f"drawn characters {split}")
     path, blob = hit
     images, labels = (read_zip if path.suffix == ".zip" else read_npz)(path, blob)
@@ -179,7 +184,8 @@ def read_npz(path, blob):
     try:
         with np.load(io.BytesIO(blob), allow_pickle=False) as file:
             paper = file["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
+            zipfile.BadZipFile, zlib.error):
         raise Fail(f"{path} is corrupt, truncated or holds no array 'images'") from None
     if paper.dtype != bool or paper.ndim != 4 or paper.shape[2:] != (105, 105) or not paper.size:
         raise Fail(f"{path}: images are {paper.dtype} {paper.shape}, not bool (n, m, 105, 105)")
@@ -193,12 +199,12 @@ def read_zip(path, blob):
 
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as file:
-            names = [n for n in sorted(file.namelist()) if re.search(r"[^/]+/character\d+/\w+\.png$", n)]
+            names = [n for n in sorted(file.namelist()) if PICTURE.search(n)]
             paper = np.array([imageio.imread(file.read(n), extension=".png") > 0 for n in names])
     except Exception as e:      # imageio's readers raise whatever they like
         raise Fail(f"{path} is corrupt or truncated ({type(e).__name__})") from None
     if paper.shape[1:] != (105, 105):
-        raise Fail(f"{path} holds no characters of 105 x 105 pixels in folders alphabet/characterNN")
+        raise Fail(f"{path} holds no pictures of 105 x 105 pixels in alphabet/characterNN")
     return shrink(paper), np.unique([n.rsplit("/", 1)[0] for n in names], return_inverse=True)[1]
 
 
@@ -206,7 +212,8 @@ def shrink(paper, size=50):
     """White paper (N, 105, 105) to ink (N, size, size), each pixel the mean of what it covers."""
     edges = np.linspace(0, paper.shape[1], size + 1)
     pixel = np.arange(paper.shape[1])
-    cover = np.clip(np.minimum(pixel + 1, edges[1:, None]) - np.maximum(pixel, edges[:-1, None]), 0, 1)
+    low, high = np.maximum(pixel, edges[:-1, None]), np.minimum(pixel + 1, edges[1:, None])
+    cover = np.maximum(0, high - low)                                       # (size, 105)
     mean = (cover / cover.sum(1, keepdims=True)).astype(np.float32)         # (size, 105)
     ink = np.empty((len(paper), size, size), np.uint8)
     for i in range(0, len(paper), 500):
@@ -250,7 +257,7 @@ WAYS = """
 7  .05 .06  .5 .04  .92 .05  .92 .05  .62 .5  .45 1
 7  .05 .18  .08 .04  .08 .04  .5 .05  .9 .02  .9 .02  .68 .4  .5 1
 7  .05 .05  .5 .05  .92 .03  .92 .03  .6 .5  .42 1 | .3 .52  .6 .5  .88 .5
-7  .08 .1  .4 .02  .82 .08  .8 .3  .55 .62  .45 1
+7  .08 .1  .45 .03  .88 .06  .88 .06  .8 .3  .55 .62  .45 1
 8  .8 .14  .5 0  .15 .2  .42 .45  .82 .74  .5 1  .12 .78  .48 .5  .8 .25  .72 .06
 8  .5 .48  .18 .25  .5 0  .82 .22  .5 .48  .12 .76  .5 1  .88 .75  .5 .48
 8  .85 .1  .4 .02  .2 .22  .5 .46  .8 .72  .55 1  .15 .85  .35 .58  .7 .35  .88 .12
@@ -274,13 +281,15 @@ def invented(seed, characters):
     rng = np.random.default_rng(seed)
     ways = np.full((characters, 24, 2), np.nan)
     for way in ways:
-        row = 0
-        for _ in range(rng.integers(2, 5)):
+        row = before = 0
+        for stroke in range(rng.integers(2, 5)):
             n = rng.integers(2, 6)
-            hops = rng.uniform(-0.6, 0.6, (n, 2))
-            hops[0] = rng.uniform(0.1, 0.9, 2)
+            hops = rng.uniform(-0.35, 0.35, 2) + rng.uniform(-0.45, 0.45, (n, 2))
+            hops[0] = rng.uniform(0.2, 0.8, 2)
+            if stroke and rng.random() < 0.6:                       # begin on the stroke before
+                hops[0] = way[row - 1 - rng.integers(1, before + 1)]
             way[row:row + n] = np.clip(hops.cumsum(0), 0, 1)
-            row += n + 1
+            row, before = row + n + 1, n
     return np.arange(characters), ways
 
 
@@ -304,7 +313,7 @@ def write_down(way, state, path):
 
     The points are jittered, slanted, stretched and turned, and joined by Catmull-Rom curves.
     """
-    slant, width = 0.12 + 0.2 * noise(state), uniform(state, 0.5, 0.9)
+    slant, width = 0.12 + 0.2 * noise(state), uniform(state, 0.5, 1.05)
     bend, turn = 0.12 * noise(state), 0.05 * noise(state)
     cos, sin = (1 - turn * turn) / (1 + turn * turn), 2 * turn / (1 + turn * turn)
     hand = np.empty((len(way), 3))
@@ -317,7 +326,8 @@ def write_down(way, state, path):
         hand[k, 0], hand[k, 1], hand[k, 2] = cos * x - sin * y, sin * x + cos * y, noise(state)
     n = 0
     for k in range(len(way) - 1):
-        if np.isnan(hand[k, 0]) or np.isnan(hand[k + 1, 0]):
+        corner = hand[k, 0] == hand[k + 1, 0] and hand[k, 1] == hand[k + 1, 1]
+        if corner or np.isnan(hand[k, 0]) or np.isnan(hand[k + 1, 0]):
             continue
         starts = k == 0 or np.isnan(hand[k - 1, 0])
         before = k if starts else k - 1
@@ -349,7 +359,7 @@ def fit(path, n, size, box, radius):
             mass_x += length * (x - dx / 2)
             mass_y += length * (y - dy / 2)
     scale = (box - 2 * radius) / max(x1 - x0, y1 - y0)
-    edge = radius + 1
+    edge = 1.4 * radius + 0.75                                      # no ink is cut off
     left = min(max(size / 2 - scale * mass_x / mass, edge - scale * x0), size - edge - scale * x1)
     top = min(max(size / 2 - scale * mass_y / mass, edge - scale * y0), size - edge - scale * y1)
     for k in range(n):

@@ -11,7 +11,7 @@ Dimension key: B images, C channels, h w source size, H W target size; axis 0 of
 import functools
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from common.backend import DEVICE, xp
 
@@ -87,87 +87,90 @@ def rmsprop_reference(p, g, m, v, lr, momentum, rho, eps, scale):
 
 # ---------------------------------------------------------------- numba
 
-def jit(parallel=True):
-    return njit(parallel=parallel, fastmath=True, nogil=True, cache=True)
+# One thread each: waking a second one costs more than these loops take at training sizes.
+
+jit = njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
 
 
-@jit(parallel=False)
+@jit
 def taps(a, b, axis, n_out, n_in):
-    """For target pixels lo..hi-1 (the rest is black): two source pixels each, their weights.
+    """Target pixels lo..hi-1 look at source pixels first and first + 1, in parts 1 - part, part.
 
-    A source pixel outside the image is replaced by any inside one, with `inside` 0.
+    The other target pixels see nothing. `first` runs from -1 (one tap outside) to n_in - 1.
     """
-    index, inside = np.zeros((2, n_out), np.int64), np.zeros((2, n_out), a.dtype)
-    weight = np.zeros((2, n_out), a.dtype)
+    first, part = np.zeros(n_out, np.int32), np.zeros(n_out, a.dtype)
     lo, hi = n_out, 0
     for j in range(n_out):
-        pos = min(max(b[axis] + a[axis] * j, -2), n_in + 1)
-        k = int(np.floor(pos))
-        for tap in range(2):
-            if 0 <= k + tap < n_in:
-                index[tap, j], inside[tap, j] = k + tap, 1
-                weight[tap, j] = pos - k if tap else k + 1 - pos
-                lo, hi = min(lo, j), j + 1
-    return index, inside, weight, lo, hi
+        pos = b[axis] + a[axis] * j
+        if -1 < pos < n_in:
+            first[j] = int(np.floor(pos))
+            part[j] = pos - first[j]
+            lo, hi = min(lo, j), j + 1
+    return first, part, lo, hi
 
 
-@jit()
+@jit
 def _warp(src, a, b, out):
     B, C, h, w = src.shape
     H, W = out.shape[2:]
-    for n in prange(B):
-        ky, _, wy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
-        kx, _, wx, lo, hi = taps(a[n], b[n], 1, W, w)
-        row = np.empty(w, src.dtype)
+    row, one = np.zeros(w + 2, src.dtype), src.dtype.type(1)
+    for n in range(B):
+        ky, fy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
+        kx, fx, lo, hi = taps(a[n], b[n], 1, W, w)
         out[n] = 0
         for c in range(C):
             for i in range(lo_y, hi_y):
-                top, bottom = src[n, c, ky[0, i]], src[n, c, ky[1, i]]
-                for k in range(w):
-                    row[k] = wy[0, i] * top[k] + wy[1, i] * bottom[k]
+                k0, k1 = max(ky[i], 0), min(ky[i] + 1, h - 1)
+                up, down = one * (ky[i] >= 0) * (1 - fy[i]), one * (ky[i] + 1 < h) * fy[i]
+                for l in range(w):
+                    row[l + 1] = up * src[n, c, k0, l] + down * src[n, c, k1, l]
                 for j in range(lo, hi):
-                    out[n, c, i, j] = wx[0, j] * row[kx[0, j]] + wx[1, j] * row[kx[1, j]]
+                    k = kx[j] + 1                       # row begins with a zero
+                    out[n, c, i, j] = row[k] + fx[j] * (row[k + 1] - row[k])
 
 
-@jit()
+@jit
 def _warp_back(dout, src, a, b, dsrc, da, db, want_src):
     B, C, h, w = src.shape
     H, W = dout.shape[2:]
-    for n in prange(B):
-        ky, in_y, wy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
-        kx, in_x, wx, lo, hi = taps(a[n], b[n], 1, W, w)
-        row, slope, drow = np.empty((3, w), src.dtype)
-        dpos_x = np.zeros(W, a.dtype)
+    row, drow, one = np.zeros(w + 2, src.dtype), np.zeros(w + 2, src.dtype), src.dtype.type(1)
+    for n in range(B):
+        ky, fy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
+        kx, fx, lo, hi = taps(a[n], b[n], 1, W, w)
+        dpos = np.zeros(W, src.dtype)
         for c in range(C):
             for i in range(lo_y, hi_y):
-                top, bottom = src[n, c, ky[0, i]], src[n, c, ky[1, i]]
-                for k in range(w):
-                    row[k] = wy[0, i] * top[k] + wy[1, i] * bottom[k]
-                    slope[k] = in_y[1, i] * bottom[k] - in_y[0, i] * top[k]
-                    drow[k] = 0
-                dpos_y = 0 * wy[0, i]
+                k0, k1 = max(ky[i], 0), min(ky[i] + 1, h - 1)
+                in_up, in_down = one * (ky[i] >= 0), one * (ky[i] + 1 < h)
+                up, down = in_up * (1 - fy[i]), in_down * fy[i]
+                for l in range(w):
+                    row[l + 1] = up * src[n, c, k0, l] + down * src[n, c, k1, l]
+                drow[:] = 0
                 for j in range(lo, hi):
-                    d, k, m = dout[n, c, i, j], kx[0, j], kx[1, j]
-                    dpos_y += d * (wx[0, j] * slope[k] + wx[1, j] * slope[m])
-                    dpos_x[j] += d * (in_x[1, j] * row[m] - in_x[0, j] * row[k])
+                    k, d = kx[j] + 1, dout[n, c, i, j]
+                    dpos[j] += d * (row[k + 1] - row[k])
+                    drow[k] += d * (1 - fx[j])
+                    drow[k + 1] += d * fx[j]
+                dpos_y = 0 * up
+                for l in range(w):
+                    slope = in_down * src[n, c, k1, l] - in_up * src[n, c, k0, l]
+                    dpos_y += drow[l + 1] * slope
                 da[n, 0] += dpos_y * i
                 db[n, 0] += dpos_y
                 if want_src:
-                    for j in range(lo, hi):
-                        drow[kx[0, j]] += dout[n, c, i, j] * wx[0, j]
-                        drow[kx[1, j]] += dout[n, c, i, j] * wx[1, j]
-                    for k in range(w):
-                        dsrc[n, c, ky[0, i], k] += wy[0, i] * drow[k]
-                        dsrc[n, c, ky[1, i], k] += wy[1, i] * drow[k]
+                    for l in range(w):
+                        dsrc[n, c, k0, l] += up * drow[l + 1]
+                    for l in range(w):
+                        dsrc[n, c, k1, l] += down * drow[l + 1]
         for j in range(lo, hi):
-            da[n, 1] += dpos_x[j] * j
-            db[n, 1] += dpos_x[j]
+            da[n, 1] += dpos[j] * j
+            db[n, 1] += dpos[j]
 
 
-@jit()
+@jit
 def _lstm_gates_back(dh, dc_new, c, gates, du, dc_old):
     B, H = c.shape
-    for n in prange(B):
+    for n in range(B):
         for k in range(H):
             i, f, g = gates[n, k], gates[n, k + H], gates[n, k + 2 * H]
             o, t = gates[n, k + 3 * H], gates[n, k + 4 * H]
@@ -179,10 +182,10 @@ def _lstm_gates_back(dh, dc_new, c, gates, du, dc_old):
             dc_old[n, k] = dc * f
 
 
-@jit()
+@jit
 def _adam(p, g, m, v, lr1, beta1, beta2, eps, c2, scale):
     one, tiny = p.dtype.type(1), p.dtype.type(TINY)
-    for k in prange(p.size):
+    for k in range(p.size):
         d = g[k] * scale
         mk = beta1 * m[k] + (one - beta1) * d
         vk = beta2 * v[k] + (one - beta2) * d * d
@@ -191,10 +194,10 @@ def _adam(p, g, m, v, lr1, beta1, beta2, eps, c2, scale):
         p[k] -= lr1 * m[k] / (np.sqrt(v[k] * c2) + eps)
 
 
-@jit()
+@jit
 def _rmsprop(p, g, m, v, lr, momentum, rho, eps, scale):
     one, tiny = p.dtype.type(1), p.dtype.type(TINY)
-    for k in prange(p.size):
+    for k in range(p.size):
         d = g[k] * scale
         vk = rho * v[k] + (one - rho) * d * d
         v[k] = vk if vk >= tiny else one - one
