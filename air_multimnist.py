@@ -81,11 +81,12 @@ class Config:
                                           low=0.0, high=1.0)
     temperature: float = cli.option(40.0, "first weight of q(n)'s entropy; falls to 1", low=1.0)
     temperature_steps: int = cli.option(600, "updates until that weight is 1", low=0)
-    prior_first: float = cli.option(5.0, "C of eq.1 at the start")
-    prior: float = cli.option(10.0, "C of eq.1 at the end: nats that an object must earn")
+    prior_first: float = cli.option(5.0, "C of eq.1 at the start", low=0.0, high=100.0)
+    prior: float = cli.option(10.0, "C of eq.1 at the end: nats that an object must earn",
+                              low=0.0, high=100.0)
     prior_from: int = cli.option(500, "update at which C begins to move", low=0)
     prior_to: int = cli.option(800, "update at which C has arrived", low=0)
-    eval_every: int = cli.option(100, "updates between two lines of metrics", low=1)
+    eval_every: int = cli.option(250, "updates between two lines of metrics", low=1)
     eval_scenes: int = cli.option(1000, "validation scenes for each line of metrics", low=1)
     test_scenes: int = cli.option(10_000, "fresh scenes for the final score", low=1)
 
@@ -321,16 +322,16 @@ def unroll(p, cfg, x, noise):
     state = tuple(xp.zeros((B, n), x.dtype) for n in (H, H, Z)) + (xp.zeros_like(x),)
     traces, backs = [], []
     for i in range(cfg.max_steps):
-        trace, state, back_step = STEPS[cfg.model](p, cfg, x, a[i], state,
-                                                   noise.where[i], noise.what[i])
+        trace, state, back_i = STEPS[cfg.model](p, cfg, x, a[i], state,
+                                                noise.where[i], noise.what[i])
         traces.append(trace)
-        backs.append(back_step)
+        backs.append(back_i)
 
     def back(dlogits, dkls, dys, g):
         dstate, das = tuple(xp.zeros_like(s) for s in state), []
-        for back_step, dlogit, dkl, dy in reversed([*zip(backs, dlogits, dkls, dys, strict=True)]):
+        for back_i, dl, dkl, dy in reversed(list(zip(backs, dlogits, dkls, dys, strict=True))):
             dh, dc, dz, dy_later = dstate
-            da, dstate = back_step((dh, dc, dz, dy_later + dy), dlogit, dkl, g)
+            da, dstate = back_i((dh, dc, dz, dy_later + dy), dl, dkl, g)
             das.append(da)
         back_look(das[::-1], g)
 
@@ -472,8 +473,7 @@ def relaxed(p, cfg, x, traces, noise, weights):
         dlogits = back_kl_pres(xp.full_like(kl_pres, cfg.presence_weight / B))
         dy = back_ll(xp.full_like(ll, -1 / B))                                      # eq.7
         dc = (drawn * dy).sum((2, 3, 4))                            # (N, B)
-        dz = from_first(dc * c) / z
-        dlogits = dlogits + dz * z * (1 - z) / tau
+        dlogits = dlogits + from_first(dc * c) * (1 - z) / tau      # dc_i/dz_j = c_i / z_j, i >= j
         dkl = xp.full_like(kl, cfg.kl_weight / B)
         weight = xp.concatenate([c[:-1] - c[1:], c[-1:]])           # (N, B)  y_i draws 1..i
         return dlogits, dkl, weight[:, :, None, None, None] * dy
@@ -570,40 +570,63 @@ def infer_scenes(p, cfg, images):
                            canvases=canvases, recon=canvases[np.arange(B), n])
 
 
-def score(p, cfg, images, counts, boxes=None, chunk=250):
-    """The paper's metrics on any number of scenes, a chunk at a time."""
-    found, overlap, error, elbo = [], 0.0, 0.0, 0.0
+def score(p, cfg, parts):
+    """The paper's metrics over scenes that come in parts (images, counts, boxes or None)."""
+    true, found, objects, error, elbo, overlap, pixels = [], [], 0, 0.0, 0.0, 0.0, 0
     weights = SimpleNamespace(temperature=1.0, C=cfg.prior)
-    for start in range(0, len(images), chunk):
-        part = slice(start, start + chunk)
-        guess = infer_scenes(p, cfg, images[part])
-        found.append(guess.n)
-        error += float(((guess.recon - images[part]) ** 2).sum())
+    for images, counts, boxes in parts:
+        guess = infer_scenes(p, cfg, images)
+        error += float(((guess.recon - images) ** 2).sum())
+        pixels += images.size
         if boxes is not None:
-            overlap += matched_iou(boxes[part], guess.boxes) * (~np.isnan(boxes[part, :, 0])).sum()
-        x, noise = to_device(images[part]), draw_noise(cfg, len(guess.n), TEST, start)
+            overlap += matched_iou(boxes, guess.boxes)
+            objects += (~np.isnan(boxes[..., 0])).sum()
+        x, noise = to_device(images), draw_noise(cfg, len(images), TEST, len(found))
         traces, _ = unroll(p, cfg, x, noise)
         elbo -= float(exact(p, cfg, x, traces, noise, weights)[0]) * len(x)
-    found, total = np.concatenate(found), len(images)
-    metrics = {"count_accuracy": float((found == counts).mean()),
-               "count_confusion": confusion(counts, found, counts.max(), cfg.max_steps).tolist(),
-               "mse": error / images.size, "elbo": elbo / total}
+        true.append(counts)
+        found.append(guess.n)
+    true, found = np.concatenate(true), np.concatenate(found)
+    metrics = {"count_accuracy": float((true == found).mean()),
+               "count_confusion": confusion(true, found, true.max(), cfg.max_steps).tolist(),
+               "mse": error / pixels, "elbo": elbo / len(true)}
     if boxes is not None:
-        metrics["mean_iou"] = overlap / max((~np.isnan(boxes[..., 0])).sum(), 1)
+        metrics["mean_iou"] = float(overlap / objects) if objects else None
     return metrics
 
 
-def evaluate(cfg, weights, path):
-    """Score weights on scenes that somebody else made."""
-    p, S, C = Params(weights), cfg.canvas, channels(cfg)
+def stream(cfg, glyphs, seed, total, part=250):
+    """`total` scenes of a stream, a part at a time, for `score`."""
+    for start in range(0, total, part):
+        yield draw_scenes(cfg, glyphs, seed, start, min(part, total - start))[:3]
+
+
+def evaluate(cfg, weights, path=None, data_dir=None):
+    """Score weights on a scene file, or without one on fresh test scenes."""
+    p = Params(weights)
+    if path is None:
+        glyphs = load_glyphs(cfg, "test", data_dir)
+        fresh = stream(cfg, glyphs, TEST, cfg.test_scenes)
+        return {"scenes": source(glyphs), **score(p, cfg, fresh)}
+    return score(p, cfg, file_parts(cfg, path))
+
+
+def file_parts(cfg, path, part=250):
+    """The scenes of an npz file, checked, a part at a time."""
+    C, S = channels(cfg), cfg.canvas
     axes = ("N", S, S) if C == 1 else ("N", S, S, C)
     file = read_scenes(path, {"images": axes, "counts": ("N",), "boxes": ("N", "K", 4)}, ("boxes",))
     images = as_picture(file["images"], f"{path}: images")
     images = images[:, None] if C == 1 else np.ascontiguousarray(np.moveaxis(images, 3, 1))
-    counts = file["counts"].astype(np.int64)
-    if (counts < 0).any() or (counts != file["counts"]).any():
-        raise Fail(f"{path}: counts must be whole numbers from 0")
-    return score(p, cfg, images, counts, file.get("boxes"))
+    counts, boxes = file["counts"], file.get("boxes")
+    if not np.isin(counts, np.arange(100)).all():
+        raise Fail(f"{path}: counts must be whole numbers from 0 to 99")
+    if boxes is not None and boxes.shape[1] > 8:
+        raise Fail(f"{path}: boxes has room for {boxes.shape[1]} objects a scene, at most 8 are "
+                   "matched")
+    for k in range(0, len(images), part):
+        some = None if boxes is None else boxes[k:k + part]
+        yield images[k:k + part], counts[k:k + part].astype(np.int64), some
 
 
 def infer(cfg, weights, files, out):
@@ -631,7 +654,7 @@ def train(cfg, run):
     p = Params(init(cfg, run.seed))
     g = p.grads()
     adam = Optimiser(p, groups={"baseline": cfg.baseline_lr})
-    watched = draw_scenes(cfg, glyphs, VALIDATION, 0, cfg.eval_scenes)
+    watched = list(stream(cfg, glyphs, VALIDATION, cfg.eval_scenes))
     start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
         batch = draw_scenes(cfg, glyphs, run.seed, step * cfg.batch_size + start, count)
@@ -644,12 +667,12 @@ def train(cfg, run):
         run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every):
-            run.log(step + 1, loss=float(loss), **score(p, cfg, *watched[:3]))
-            if is_root():
-                keep_frame(run.folder, step + 1, p, cfg, watched.images[:6])
+            run.log(step + 1, loss=float(loss), **score(p, cfg, watched))
+        if is_root() and run.due(step + 1, max(cfg.steps // 50, 1)):
+            keep_frame(run.folder, step + 1, p, cfg, watched[0][0][:6])
 
-    fresh = draw_scenes(cfg, test_glyphs, TEST, 0, cfg.test_scenes)
-    metrics = {"trained_on": source(glyphs), **score(p, cfg, *fresh[:3])}
+    metrics = {"trained_on": source(glyphs),
+               **score(p, cfg, stream(cfg, test_glyphs, TEST, cfg.test_scenes))}
     if is_root():
         save_weights(run.folder / "weights.npz", p.host(), cfg, about=source(glyphs))
         figures([run.folder], run.data_dir)
@@ -674,10 +697,15 @@ def frames(folder):
     """The moments that training kept, with what was logged of them."""
     from viz.curves import read_jsonl
 
-    for line in read_jsonl(folder / "metrics.jsonl"):
-        with np.load(folder / "frames" / f"{line['step']:07d}.npz") as kept:
-            yield {"step": line["step"], "seconds": line["seconds"], "boxes": kept["boxes"],
-                   "accuracy": line["count_accuracy"], "images": kept["images"] / np.float32(255),
+    log = read_jsonl(folder / "metrics.jsonl")
+    steps, seconds = [line["step"] for line in log], [line["seconds"] for line in log]
+    for path in sorted((folder / "frames").glob("*.npz")):
+        step = int(path.stem)
+        known = [line["count_accuracy"] for line in log if line["step"] <= step]
+        with np.load(path) as kept:
+            yield {"step": step, "seconds": np.interp(step, [0, *steps], [0, *seconds]),
+                   "accuracy": known[-1] if known else None, "boxes": kept["boxes"],
+                   "images": kept["images"] / np.float32(255),
                    "recon": kept["recon"] / np.float32(255)}
 
 
@@ -695,14 +723,15 @@ def prior_samples(p, cfg, count, rng):
 
 
 def scanning_heat(p, cfg, images, chunk=250):
-    """How often each pixel lies at the centre of step i's window: (N, S, S)."""
+    """How often each pixel lies in the inner quarter of step i's window: (N, S, S)."""
     heat = np.zeros((cfg.max_steps, cfg.canvas, cfg.canvas), np.float32)
     for start in range(0, len(images), chunk):
         boxes = infer_scenes(p, cfg, images[start:start + chunk]).windows
-        centres = (boxes[..., :2] + boxes[..., 2:]) / 2             # (B, N, 2)
-        for i in range(cfg.max_steps):
-            seen = centres[~np.isnan(centres[:, i, 0]), i].astype(int).clip(0, cfg.canvas - 1)
-            np.add.at(heat[i], (seen[:, 1], seen[:, 0]), 1)
+        middle = (boxes[..., :2] + boxes[..., 2:]) / 2              # (B, N, 2)  x, y
+        quarter = (boxes[..., 2:] - boxes[..., :2]) / 8
+        pixel = np.arange(cfg.canvas) + 0.5                         # (S,)
+        inside = np.abs(pixel - middle[..., None]) < quarter[..., None]     # (B, N, 2, S)
+        heat += np.einsum("bny,bnx->nyx", inside[:, :, 1], inside[:, :, 0], dtype=np.float32)
     return heat
 
 
@@ -714,19 +743,20 @@ def figures(folders, data_dir=None):
     runs = [load_run(folder) for folder in folders]                 # (config, weights) each
     folder, (cfg, p) = folders[0], runs[0]
     glyphs = load_glyphs(cfg, "test", data_dir)
-    fresh = draw_scenes(cfg, glyphs, TEST, 0, 500)
-    guess = infer_scenes(p, cfg, fresh.images)
+    fresh = draw_scenes(cfg, glyphs, TEST, 0, 1000)
+    images, counts = fresh.images, fresh.counts
+    pick = np.concatenate([np.flatnonzero(counts == n)[:3] for n in sorted(set(cfg.counts))[::-1]])
+    guess = infer_scenes(p, cfg, images[pick])
     there, drawn, canvases = (getattr(guess, name).swapaxes(0, 1)
                               for name in ("there", "patches", "canvases"))
-    images, boxes, k, few = fresh.images, guess.boxes, 8, 5
-    boxes_on_scenes(folder / "boxes.png", images[:k], boxes[:k], guess.recon[:k])
-    step_by_step(folder / "steps.png", images[:few], canvases[:, :few], boxes[:few], there[:, :few])
-    patches(folder / "patches.png", images[:k], drawn[:, :k], there[:, :k])
+    boxes_on_scenes(folder / "boxes.png", images[pick], guess.boxes, guess.recon)
+    step_by_step(folder / "steps.png", images[pick], canvases, guess.boxes, there)
+    patches(folder / "patches.png", images[pick], drawn, there)
     samples(folder / "samples.png", prior_samples(p, cfg, 40, np.random.default_rng(0)))
     heat = np.stack([scanning_heat(q, c, images) for c, q in runs])
     scanning(folder / "scanning.png", heat, [f.name for f in folders])
-    curves.confusion(folder / "confusion.png",
-                     confusion(fresh.counts, guess.n, fresh.counts.max(), cfg.max_steps))
+    table = score(p, cfg, stream(cfg, glyphs, TEST, 1000))["count_confusion"]
+    curves.confusion(folder / "confusion.png", table)
     curves.curves(folder / "curves.png", {f.name: f / "metrics.jsonl" for f in folders},
                   [("count_accuracy", "count accuracy"), ("elbo", "ELBO (nats)"),
                    ("mse", "squared error per pixel")])
@@ -737,9 +767,9 @@ def figures(folders, data_dir=None):
 def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
-    return cli.from_dict(Config, config, folder), Params(weights)
+    return Config(**config), Params(weights)
 
 
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
-             adjustable=("max_steps", "prior"))
+             adjustable=("max_steps", "prior", "data", "layout", "counts", "test_scenes"))

@@ -7,14 +7,13 @@ import math
 import shlex
 import sys
 import traceback
-from dataclasses import MISSING, asdict, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from common import mpi
-from common.backend import DEVICE, THREADS
 from common.errors import Fail
-from common.run import Run, Stopped, as_json, load_weights, machine, say
+from common.mpi import is_root, leave
+from common.run import Run, Stopped, as_json, load_weights, say
 
 VERBS = """the four verbs:
   python {script}.py                           train, score on fresh scenes, draw figures
@@ -24,22 +23,23 @@ VERBS = """the four verbs:
 each has its own --help. The last line on stdout is one JSON object."""
 
 
-def option(default, help, *, low=None, high=None, choices=None, scoring=False):
-    """A field of a config and its flag; `scoring`: may also be changed for trained weights."""
+def option(default, help, *, low=None, high=None, choices=None):
+    """A field of a config, and all that its flag needs to know."""
     return field(default=default, metadata={"help": help, "low": low, "high": high,
-                                            "choices": choices, "scoring": scoring})
+                                            "choices": choices})
 
 
-def main(doc, Config, presets, *, train, evaluate, infer, figures, argv=None):
+def main(doc, Config, presets, *, train, evaluate, infer, figures, adjustable=(), argv=None):
     """Parse, call the verb, print its result as one JSON line; errors are one line, status 2.
 
     train(cfg, run), evaluate(cfg, weights, scenes_path) and infer(cfg, weights, files, folder)
-    return a dict; figures(folders, data_dir) draws.
+    return a dict; figures(folders, data_dir) draws. `adjustable` names the fields of the config
+    that evaluate and infer may change although the weights were trained with others.
     """
     argv = sys.argv[1:] if argv is None else argv
     verbs = {"train": lambda *a: run_train(*a, presets, train),
-             "evaluate": lambda *a: run_evaluate(*a, evaluate),
-             "infer": lambda *a: run_infer(*a, infer),
+             "evaluate": lambda *a: run_evaluate(*a, adjustable, evaluate),
+             "infer": lambda *a: run_infer(*a, adjustable, infer),
              "figures": lambda *a: run_figures(*a, figures)}
     verb, words = (argv[0], argv[1:]) if argv and argv[0] in verbs else ("train", argv)
     script = Path(inspect.getfile(train))
@@ -48,20 +48,20 @@ def main(doc, Config, presets, *, train, evaluate, infer, figures, argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     try:
         result = verbs[verb](parser, words, script, Config)
-        if mpi.is_root():
+        if is_root():
             print(json.dumps(as_json(result)), flush=True)
     except Stopped as e:
         say(str(e))
         raise SystemExit(e.status) from None
     except KeyboardInterrupt:
         say("interrupted")
-        mpi.leave(130)
+        leave(130)
     except Fail as e:
         print(f"error: {e}", file=sys.stderr)
-        mpi.leave(2)
+        leave(2)
     except Exception:
         traceback.print_exc()
-        mpi.leave(1)
+        leave(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,34 +90,34 @@ def run_train(parser, words, script, Config, presets, train):
                         help=f"run folder (default runs/{script.stem}/PRESET-seedN)")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in that folder, bit for bit")
-    parser.add_argument("--save-every", type=number(int, 1), default=0, metavar="N",
+    parser.add_argument("--save-every", type=number(int, 1), metavar="N",
                         help="updates between checkpoints (default: one every 15 seconds)")
     add_machine(parser, data=True)
-    add_fields(parser, Config, presets)
+    add_fields(parser, Config, presets, [f.name for f in fields(Config)])
     args = parser.parse_args(words)
     cfg = configured(replace(Config(), **presets[args.preset]), args)
     folder = args.out or Path("runs") / script.stem / f"{args.preset}-seed{args.seed}"
-    command = shlex.join(["python", script.name, *words])
-    run = Run(folder, cfg, seed=args.seed, resume=args.resume, save_every=args.save_every,
-              data_dir=args.data_dir,
-              about={"script": script.stem, "preset": args.preset, "command": command})
-    say(f"run folder {folder}")
+    about = {"script": script.stem, "preset": args.preset,
+             "command": shlex.join(["python", script.name, *words])}
+    run = Run(folder, cfg, args.seed, args.data_dir, args.resume, args.save_every, about)
+    say(f"run folder: {folder}")
     metrics = train(cfg, run)
-    return run.finish(metrics)
+    return {**about, "seed": args.seed, "steps": cfg.steps,
+            "train_seconds": round(run.seconds, 1), **metrics}
 
 
-def run_evaluate(parser, words, script, Config, evaluate):
+def run_evaluate(parser, words, script, Config, adjustable, evaluate):
     parser.add_argument("--scenes", required=True, type=Path, metavar="F.npz",
                         help="scene file; its arrays are described in the README")
-    cfg, weights, args, origin = with_weights(parser, words, script, Config)
+    cfg, weights, args, origin = with_weights(parser, words, script, Config, adjustable)
     return {"scenes": args.scenes, **origin, **evaluate(cfg, weights, args.scenes)}
 
 
-def run_infer(parser, words, script, Config, infer):
+def run_infer(parser, words, script, Config, adjustable, infer):
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, default=Path("runs") / script.stem / "infer",
                         metavar="DIR", help="where overlay pictures go (default %(default)s)")
-    cfg, weights, args, origin = with_weights(parser, words, script, Config)
+    cfg, weights, args, origin = with_weights(parser, words, script, Config, adjustable)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -135,20 +135,17 @@ def run_figures(parser, words, script, Config, figures):
     return {"run": args.run[0], "figures": drawn}
 
 
-def with_weights(parser, words, script, Config):
+def with_weights(parser, words, script, Config, adjustable):
     """Parse, load the weights and the config that they were trained with."""
     default = script.parent / "results" / script.stem / "weights.npz"
     parser.add_argument("--weights", type=Path, default=default, metavar="FILE",
                         help=f"default: results/{script.stem}/weights.npz beside the script")
     add_machine(parser)
-    add_fields(parser, Config, {}, scoring=True)
+    add_fields(parser, Config, {}, adjustable)
     args = parser.parse_args(words)
     values, weights, about = load_weights(args.weights)
-    try:
-        cfg = Config(**values)
-    except TypeError:
-        raise Fail(f"{args.weights} belongs to another script than {script.name}") from None
-    return configured(cfg, args), weights, args, {"weights": args.weights, "trained_on": about}
+    cfg = configured(from_dict(Config, values, args.weights), args)
+    return cfg, weights, args, {"weights": args.weights, "trained_on": about}
 
 
 # ================================================================ flags
@@ -163,13 +160,13 @@ def add_machine(parser, data=False):
                             help="where MNIST and Omniglot lie (default: the user's cache)")
 
 
-def add_fields(parser, Config, presets, scoring=False):
+def add_fields(parser, Config, presets, names):
     """One flag for each field; the default None means: as the preset or the weights have it."""
     group = parser.add_argument_group("config")
     hints = get_type_hints(Config)
     for f in fields(Config):
         meta, kind = f.metadata, hints[f.name]
-        if scoring and not meta["scoring"]:
+        if f.name not in names:
             continue
         others = [f"{name}: {plain(p[f.name])}" for name, p in presets.items() if f.name in p]
         notes = "; ".join([f"default {plain(f.default)}", *others])
@@ -205,6 +202,14 @@ def configured(cfg, args):
     given = {f.name: getattr(args, f.name, None) for f in fields(cfg)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return replace(cfg, **given)
+
+
+def from_dict(Config, values, where):
+    """A config as it was read from a file."""
+    try:
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, AttributeError):
+        raise Fail(f"{where} belongs to another script or version: its config differs") from None
 
 
 def plain(value):

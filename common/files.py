@@ -1,7 +1,5 @@
 """What users bring: scene files and pictures, checked before any model sees them."""
 
-import zipfile
-
 import numpy as np
 
 from common.errors import Fail
@@ -15,12 +13,12 @@ def read_scenes(path, shapes, optional=()):
     [0, 1], whether stored as uint8 0..255 or as floats 0..1; all else is left as it is.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = {name: file[name] for name in shapes if name in file.files}
     except FileNotFoundError:
         raise Fail(f"no scene file {path}") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
-        raise Fail(f"{path} is not a readable npz file ({e})") from None
+    except Exception as e:  # damaged files have many ways to fail
+        raise Fail(f"{path} is not a readable npz file ({type(e).__name__})") from None
     sizes = {}
     for name, axes in shapes.items():
         if name not in found:

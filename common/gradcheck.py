@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def directional(f, x, grad, rng, eps=1e-6):
+def directional(f, x, grad, rng, eps=1e-5):
     """Relative error of <grad, v> against the central difference of f along a random v.
 
     One number checks all coordinates of x at once; x is moved in place and put back.
@@ -18,7 +18,7 @@ def directional(f, x, grad, rng, eps=1e-6):
     return relative(float((grad * v).sum()), (up - down) / (2 * eps))
 
 
-def coordinates(f, x, grad, eps=1e-6):
+def coordinates(f, x, grad, eps=1e-5):
     """The worst relative error over all coordinates of x, scaled by the largest derivative."""
     numeric = np.empty_like(grad)
     for k in np.ndindex(x.shape):

@@ -1,4 +1,4 @@
-"""Data-parallel training over processes: `mpiexec -n 4 python script.py`.
+"""Data parallel training over processes: `mpiexec -n 4 python script.py`.
 
 Each process takes its share of every batch, and one all-reduce averages the flat gradient. Without
 mpiexec nothing here imports anything, and every function is the identity.
@@ -6,28 +6,34 @@ mpiexec nothing here imports anything, and every function is the identity.
 
 import functools
 import os
-
-import numpy as np
+import sys
+import time
 
 from common.backend import to_device, to_host
 from common.errors import Fail
+
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")    # each sets one of these
 
 
 @functools.cache
 def world():
     """The communicator, or None when this process is alone."""
-    sizes = (os.environ.get(k, "1") for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"))
-    if all(size == "1" for size in sizes):
+    started = max(int(os.environ.get(name, "1")) for name in LAUNCHERS)
+    if started == 1:
         return None
     try:
         from mpi4py import MPI
-    except ImportError:
-        raise Fail("started by mpiexec, but mpi4py is not installed "
-                   "(pip install -r requirements-mpi.txt)") from None
+    except (ImportError, RuntimeError) as e:    # RuntimeError: mpi4py finds no MPI library
+        raise Fail(f"{started} processes were started, but mpi4py cannot be used ({e}): "
+                   "pip install -r requirements-mpi.txt") from None
+    if MPI.COMM_WORLD.size != started:
+        raise Fail(f"{started} processes were started, but mpi4py sees {MPI.COMM_WORLD.size}: "
+                   "it uses another MPI than mpiexec does")
     return MPI.COMM_WORLD
 
 
 def is_root():
+    """Whether this is the process that writes files and speaks."""
     return world() is None or world().rank == 0
 
 
@@ -44,11 +50,35 @@ def share(batch):
 def mean_over_processes(flat):
     """In place: the mean of `flat` over all processes."""
     if world() is not None:
-        total = np.empty_like(to_host(flat))
-        world().Allreduce(np.ascontiguousarray(to_host(flat)), total)
-        flat[...] = to_device(total / world().size)
+        from mpi4py import MPI
+
+        host = to_host(flat)
+        world().Allreduce(MPI.IN_PLACE, host)
+        host /= world().size
+        if host is not flat:
+            flat[...] = to_device(host)
 
 
-def any_process(flag):
-    """True everywhere if it is true anywhere."""
-    return bool(flag) if world() is None else any(world().allgather(bool(flag)))
+def from_root(flat):
+    """In place: what the first process has."""
+    if world() is not None:
+        host = to_host(flat)
+        world().Bcast(host)
+        if host is not flat:
+            flat[...] = to_device(host)
+
+
+def greatest(number):
+    """The largest over all processes."""
+    return number if world() is None else max(world().allgather(number))
+
+
+def leave(status):
+    """Exit, and end the processes that would wait for this one for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi and mpi.COMM_WORLD.size > 1:
+        time.sleep(0.5)                                 # or mpiexec may drop the last words
+        mpi.COMM_WORLD.Abort(status)
+    raise SystemExit(status)

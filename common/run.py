@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,186 +25,240 @@ import numpy as np
 
 from common.backend import DEVICE, THREADS, to_device, to_host
 from common.errors import Fail
-from common.mpi import any_process, is_root, world
+from common.mpi import from_root, greatest, is_root, mean_over_processes
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
+SAVE_SECONDS = 15
 
 
 class Stopped(Exception):
     """Training ended early, on a signal, with everything saved."""
 
     def __init__(self, step, number):
-        super().__init__(f"stopped after step {step}; continue with --resume")
+        super().__init__(f"stopped at step {step}; continue with --resume")
         self.status = 128 + number
 
 
 class Run:
-    def __init__(self, folder, cfg, seed, data_dir=None, resume=False, save_every=None):
-        self.folder, self.cfg, self.seed, self.data_dir = Path(folder), cfg, seed, data_dir
-        self.resume, self.save_every = resume, save_every
-        self.step, self.seconds, self.latest, self.signal = 0, 0.0, {}, None
-        if not resume and (self.folder / "config.json").exists():
-            raise Fail(f"{folder} already holds a run: continue it with --resume, "
-                       "or choose another folder with --out")
-        if is_root():
-            with clear_errors(f"cannot write to {folder}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if not (self.folder / "config.json").exists():
-                    write_text(self.folder / "config.json", json.dumps(self.facts(), indent=1))
+    """One training run. With several processes only the first touches the folder."""
 
-    def facts(self):
-        return {"config": asdict(self.cfg), "seed": self.seed, "command": " ".join(sys.argv),
-                "device": DEVICE, "threads": THREADS, "python": platform.python_version(),
-                "numpy": np.__version__, "commit": commit()}
+    def __init__(self, folder, cfg, seed, data_dir=None, resume=False, save_every=None, about=None):
+        self.folder, self.cfg, self.seed, self.data_dir = Path(folder), cfg, seed, data_dir
+        self.resume, self.save_every, self.about = resume, save_every, about or {}
+        self.step, self.seconds, self.latest, self.signal, self.saved = 0, 0.0, {}, 0, None
+        self.newest = self.folder / "checkpoint.npz"
+        self.previous = self.folder / "checkpoint.previous.npz"
+        if is_root():
+            self.open()
+
+    def open(self):
+        """Make the folder; one that holds a run already is only ever continued."""
+        checkpoint = self.newest.exists() or self.previous.exists()
+        weights, log = (self.folder / name for name in ("weights.npz", "metrics.jsonl"))
+        if not self.resume and (checkpoint or weights.exists() or log.exists()):
+            raise Fail(f"{self.folder} already holds a run: continue it with --resume, "
+                       "or choose another folder with --out")
+        if self.resume and weights.exists() and not checkpoint:
+            raise Fail(f"{self.folder} holds weights but no checkpoint to continue from: "
+                       "choose another folder with --out")
+        with clear_errors(f"cannot write to {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self, total, state):
-        """Yield the number of updates made so far, until `total`; `state` is saved and restored."""
-        if self.resume:
-            self.restore(state)
-        saved, self.clock = time.monotonic(), time.perf_counter()
-        progress = Progress(self, total)
-        with signals(self):
+        """Yield the number of updates made so far, until `total`; `state` is saved and restored.
+
+        Saved every 15 seconds or `save_every` steps, on Ctrl-C and SIGTERM, and at the end.
+        """
+        self.total = total
+        self.restore(state)
+        self.clock = saved = time.monotonic()
+        with signals(self), Progress(self) as progress:
             while self.step < total:
                 yield self.step
                 self.step += 1
                 progress.show()
-                stop = any_process(self.signal)
+                stop, now = greatest(self.signal), time.monotonic()
                 late = (self.step % self.save_every == 0 if self.save_every
-                        else world() is None and time.monotonic() - saved > 15)
+                        else now - saved > SAVE_SECONDS)
                 if stop or late or self.step == total:
                     self.save(state)
-                    saved = time.monotonic()
+                    saved = now
                 if stop:
-                    raise Stopped(self.step, self.signal or signal.SIGTERM)
+                    raise Stopped(self.step, stop)
 
     def elapsed(self):
         """Seconds of training, over all resumes."""
-        now = time.perf_counter()
+        now = time.monotonic()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         return self.seconds
 
     def watch(self, **numbers):
-        """Show these; stop at the first that is not finite, before it can be saved."""
-        for name, x in numbers.items():
+        """Average these over processes and show them; stop at the first that is not finite."""
+        values = np.array(list(numbers.values()), float)
+        mean_over_processes(values)
+        means = dict(zip(numbers, values.tolist(), strict=True))
+        for name, x in means.items():
             if not math.isfinite(x):
-                raise Fail(f"{name} is {x} at step {self.step}; the last good checkpoint is kept "
-                           f"in {self.folder}")
-        self.latest.update(numbers)
+                raise Fail(f"{name} is {x} at step {self.step}; {self.safe()}")
+        self.latest.update(means)
+        return means
 
     def due(self, step, every):
         return step % every == 0
 
     def log(self, step, **metrics):
+        """Append a line to metrics.jsonl: step, seconds of training, metrics."""
         self.latest.update((k, v) for k, v in metrics.items() if isinstance(v, float))
         if is_root():
-            line = json.dumps({"step": step, "seconds": round(self.elapsed(), 2), **metrics})
-            with (clear_errors(f"cannot write to {self.folder}"),
-                  open(self.folder / "metrics.jsonl", "a") as f):
-                f.write(line + "\n")
+            line = as_json({"step": step, "seconds": round(self.elapsed(), 2), **metrics})
+            with (clear_errors(f"cannot write to {self.folder}", "; " + self.safe()),
+                  open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f):
+                f.write(json.dumps(line) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
 
     # ------------------------------------------------------------ checkpoints
 
     def identity(self):
-        return json.loads(json.dumps({"seed": self.seed, **asdict(self.cfg)}))
+        """What must be the same for a run to continue."""
+        return as_json({"seed": self.seed, **asdict(self.cfg)})
+
+    def safe(self):
+        return ("no checkpoint was written yet" if self.saved is None
+                else f"the checkpoint of step {self.saved} is kept")
 
     def save(self, state):
-        if is_root():
-            facts = {"step": self.step, "seconds": self.elapsed(), "identity": self.identity()}
-            write_npz(self.folder / "checkpoint.npz", {k: to_host(a) for k, a in state.items()},
-                      facts, keep=self.folder / "checkpoint.previous.npz")
+        """A checkpoint, unless a number in it is not finite; the one before it is kept, too."""
+        seconds = self.elapsed()
+        if not is_root():
+            return
+        arrays = {name: to_host(a) for name, a in state.items()}
+        for name, a in arrays.items():
+            if not np.isfinite(a).all():
+                raise Fail(f"{name} is not finite after step {self.step - 1}; {self.safe()}")
+        facts = {"step": self.step, "seconds": seconds, "identity": self.identity(), **made_on()}
+        write_npz(self.newest, arrays, facts, self.previous, "; " + self.safe())
+        self.saved = self.step
 
     def restore(self, state):
-        """Take up the newest good checkpoint; without one, start from the beginning."""
-        files = [self.folder / name for name in ("checkpoint.npz", "checkpoint.previous.npz")]
-        there, found = [f for f in files if f.exists()], None
-        for file in there:
-            try:
-                found = read_npz(file)
-                break
-            except UNREADABLE as e:
-                say(f"{file} is damaged ({type(e).__name__}), trying the one before it")
-        if there and found is None:
-            raise Fail(f"no checkpoint in {self.folder} can be read: the files are truncated or "
-                       "not checkpoints")
-        if found is None:
-            say(f"no checkpoint in {self.folder}: starting from the beginning")
-        else:
-            arrays, facts = found
-            refuse_other(facts.get("identity"), self.identity(), file)
-            for name, a in state.items():
-                if name not in arrays or arrays[name].shape != a.shape:
-                    raise Fail(f"{file} is a checkpoint of another model: {name} does not fit")
-                a[...] = to_device(arrays[name].astype(a.dtype, copy=False))
-            self.step, self.seconds = facts["step"], facts["seconds"]
+        """Begin at the newest good checkpoint, if any; every process begins with the same."""
         if is_root():
+            if found := self.find_checkpoint() if self.resume else None:
+                self.take(*found, state)
+            elif self.resume:
+                say(f"no checkpoint in {self.folder}: starting from the beginning")
+            if self.step == 0:
+                facts = {**self.about, "seed": self.seed, "config": asdict(self.cfg), **made_on(),
+                         "python": platform.python_version(), "commit": commit()}
+                write_text(self.folder / "config.json", json.dumps(facts, indent=1) + "\n")
             self.cut_log()
+        start = np.array([self.step, self.seconds], float)
+        for a in (start, *state.values()):
+            from_root(a)
+        self.step, self.seconds = int(start[0]), float(start[1])
+
+    def find_checkpoint(self):
+        """(file, arrays, facts) of the newest that can be read. A damaged one is put aside."""
+        problems = []
+        for file in (self.newest, self.previous):
+            if not file.exists():
+                continue
+            try:
+                arrays, facts = read_npz(file)
+                if not isinstance(facts["identity"], dict):
+                    raise Fail(f"{file} is not a checkpoint")
+            except (Fail, KeyError, TypeError):
+                problems.append(f"{file} is damaged or not a checkpoint")
+                continue
+            if file == self.previous:
+                say("; ".join([*problems, f"continuing from {file}"]))
+            if problems:
+                os.replace(self.newest, self.folder / "checkpoint.damaged.npz")
+            return file, arrays, facts
+        if problems:
+            raise Fail("; ".join(problems))
+        return None
+
+    def take(self, file, arrays, facts, state):
+        """Put a checkpoint into `state`, if it belongs to this config and model."""
+        ours, theirs = self.identity(), facts["identity"]
+        for name in (ours | theirs):
+            if theirs.get(name) != ours.get(name):
+                raise Fail(f"{file} is of another config: {name} is {text(theirs.get(name))} "
+                           f"in the checkpoint and {text(ours.get(name))} here")
+        for name, a in state.items():
+            if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (a.shape, a.dtype):
+                raise Fail(f"{file} is of another model: {name} does not fit")
+        for name, now in made_on().items():
+            if facts.get(name, now) != now:
+                say(f"note: {name} was {facts[name]} and is {now} now: last digits may differ")
+        for name, a in state.items():
+            a[...] = to_device(arrays[name])
+        self.step, self.seconds, self.saved = facts["step"], facts["seconds"], facts["step"]
+        say(f"continuing at step {self.step} of {self.total}")
 
     def cut_log(self):
         """Drop the lines that were logged after the checkpoint, and a torn last one."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
+        path, kept = self.folder / "metrics.jsonl", []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     if json.loads(line)["step"] <= self.step:
                         kept.append(line + "\n")
-        write_text(path, "".join(kept))
-
-
-def refuse_other(theirs, ours, file):
-    if not isinstance(theirs, dict):
-        raise Fail(f"{file} is not a checkpoint of this program")
-    for name in ours.keys() | theirs.keys():
-        if theirs.get(name) != ours.get(name):
-            raise Fail(f"{file} is a checkpoint of another config: {name} is {theirs.get(name)} "
-                       f"there and {ours.get(name)} here")
+            write_text(path, "".join(kept))
 
 
 # ---------------------------------------------------------------- weights
 
 def save_weights(path, arrays, cfg, about):
     """Weights for sharing: half precision, with the config that they need and what they saw."""
-    arrays = {name: a.astype(np.float16) for name, a in arrays.items()}
-    write_npz(path, arrays, {"config": asdict(cfg), "about": about})
+    small = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
+    for name, a in small.items():
+        if not np.abs(a).max(initial=0) <= np.finfo(np.float16).max:
+            raise Fail(f"{name} has values that half precision cannot hold")
+    small = {name: a.astype(np.float16) for name, a in small.items()}
+    write_npz(Path(path), small, {"config": asdict(cfg), "about": about})
 
 
 def load_weights(path):
     """(config as a dict, arrays in float32, what they were trained on)"""
     if not Path(path).exists():
         raise Fail(f"no weights at {path}: train first, or give --weights FILE")
+    arrays, facts = read_npz(path)
     try:
-        arrays, facts = read_npz(path)
         return facts["config"], {k: a.astype(np.float32) for k, a in arrays.items()}, facts["about"]
-    except UNREADABLE as e:
-        raise Fail(f"{path} is not a readable weights file ({type(e).__name__})") from None
+    except (KeyError, TypeError, ValueError):
+        raise Fail(f"{path} is not a weights file") from None
 
 
 # ---------------------------------------------------------------- files written whole
 
-def write_npz(path, arrays, facts, keep=None):
+def write_npz(path, arrays, facts, keep=None, kept=""):
     """Whole or not at all, whenever the power fails; `keep` is where the old file goes."""
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    with whole_file(path, keep) as f:
-        np.savez(f, facts=text, **arrays)
+    packed = np.frombuffer(json.dumps(as_json(facts)).encode(), np.uint8)
+    with whole_file(path, keep, kept) as f:
+        np.savez(f, facts=packed, **arrays)
 
 
 def read_npz(path):
-    """(arrays, facts); damage shows as one of UNREADABLE (zip files carry checksums)."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return arrays, json.loads(arrays.pop("facts").tobytes().decode())
+    """(arrays, facts). Zip files carry a checksum of each array; nothing is ever unpickled."""
+    try:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(arrays.pop("facts").tobytes().decode())
+    except Exception as e:                              # damage can upset the reader in any way
+        raise Fail(f"{path} is damaged or a foreign file ({type(e).__name__})") from None
 
 
-def write_text(path, text):
+def write_text(path, content):
     with whole_file(path) as f:
-        f.write(text.encode())
+        f.write(content.encode())
 
 
 @contextlib.contextmanager
-def whole_file(path, keep=None):
+def whole_file(path, keep=None, kept=""):
     """A temporary file that takes the place of `path` once it is safely on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with clear_errors(f"cannot write {path}", "; what was saved before is kept"):
+    with clear_errors(f"cannot write {path}", kept):
         try:
             with open(temporary, "wb") as f:
                 yield f
@@ -214,8 +267,15 @@ def whole_file(path, keep=None):
             if keep is not None and path.exists():
                 os.replace(path, keep)
             os.replace(temporary, path)
+            if os.name == "posix":                      # the new names must reach the disk as well
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -230,13 +290,14 @@ def clear_errors(what, kept=""):
 
 @contextlib.contextmanager
 def signals(run):
-    """Ctrl-C and SIGTERM let the current step finish; a second one does not."""
+    """Ctrl-C and SIGTERM let the current step finish; who cannot wait sends it again."""
     def note(number, frame):
-        if run.signal is not None:
-            raise KeyboardInterrupt
         run.signal = number
+        signal.signal(number, old[number])
 
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in old:
+        signal.signal(s, note)
     try:
         yield
     finally:
@@ -247,34 +308,56 @@ def signals(run):
 class Progress:
     """A bar on a terminal, else a line every ten seconds; both on stderr."""
 
-    def __init__(self, run, total):
-        self.run, self.total, self.spoken = run, total, time.monotonic()
-        self.first, self.began = run.step, time.monotonic()
-        self.bar = None
+    def __init__(self, run):
+        self.run, self.first, self.spoken, self.bar = run, run.step, time.monotonic(), None
+
+    def __enter__(self):
         if is_root() and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.run.total, initial=self.first, dynamic_ncols=True,
+                            bar_format="{n_fmt}/{total_fmt} {bar:20} {desc}")
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
 
     def show(self):
         now, run = time.monotonic(), self.run
-        numbers = "  ".join(f"{k} {v:.4g}" for k, v in run.latest.items())
-        rate = (run.step - self.first) / (now - self.began + 1e-9)
+        done, left = run.step - self.first - 1, run.total - run.step
+        if done == 0:
+            self.began = now                            # the first step may have to compile
+        rate = done / (now - self.began) if now > self.began else 0.0
+        speed = f"{rate * run.cfg.batch_size:.0f} images/s"
+        words = [speed, f"{clock(left / rate)} left"] if rate else []
+        words += [f"{k} {v:.4g}" for k, v in run.latest.items()]
         if self.bar is not None:
+            self.bar.set_description_str("  ".join(words), refresh=False)
             self.bar.update()
-            self.bar.set_postfix_str(f"{rate * run.cfg.batch_size:.0f} images/s  {numbers}",
-                                     refresh=False)
-            if run.step == self.total:
-                self.bar.close()
-        elif now - self.spoken > 10 or run.step == self.total:
+        elif now - self.spoken > 10 or left == 0:
             self.spoken = now
-            say(f"step {run.step}/{self.total}  {rate * run.cfg.batch_size:.0f} images/s  "
-                f"{(self.total - run.step) / rate:.0f} s left  {numbers}")
+            say("  ".join([f"step {run.step}/{run.total}", *words]))
+
+
+def clock(seconds):
+    """1:02:03"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def say(line):
     if is_root():
         print(line, file=sys.stderr, flush=True)
+
+
+def text(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def made_on():
+    """Machine matters that may change a result's last digits."""
+    return {"device": DEVICE, "threads": THREADS, "numpy": np.__version__,
+            "blas": os.environ.get("OPENBLAS_CORETYPE", "automatic")}
 
 
 def commit():
@@ -287,3 +370,16 @@ def commit():
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def as_json(x):
+    """Python's own types all the way down; NaN and infinity, which JSON lacks, as None."""
+    if isinstance(x, dict):
+        return {str(k): as_json(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [as_json(v) for v in x]
+    if hasattr(x, "tolist"):
+        return as_json(x.tolist())
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return str(x) if isinstance(x, Path) else x

@@ -15,6 +15,7 @@ from common.errors import Fail
 INK = np.float32(0.1)           # a pixel brighter than this belongs to the ink box
 GAPS = {"disjoint": 0, "separated": 4, "overlap": None}     # pixels between ink boxes
 PLACINGS, SIZINGS, GLYPHINGS = 100, 10, 100     # tries before sizes, glyphs, hope are given up
+GLOW = np.float32(0.5)          # a sprite's brightness: two may add up and still be told apart
 SHAPES = ("circle", "square", "diamond")        # red, green, blue
 
 
@@ -245,7 +246,7 @@ def draw_sprite_scenes(seed, start, low, high, choices, images, counts, boxes, l
             for i in range(size):
                 for j in range(size):
                     away = outside(shape, left + j + 0.5 - x, top + i + 0.5 - y, radius)
-                    picture[i, j] = min(1.0, max(0.0, 0.5 - away))
+                    picture[i, j] = GLOW * min(1.0, max(0.0, 0.5 - away))
             ink_box(picture, size, ink)
             for i in range(4):
                 boxes[b, k, i] = ink[i] + (top if i % 2 else left)
@@ -254,7 +255,7 @@ def draw_sprite_scenes(seed, start, low, high, choices, images, counts, boxes, l
 
 
 def sprites(seed, start, batch, canvas=50, counts=(0, 1, 2)):
-    """Red circles, green squares and blue diamonds of 12 to 20 pixels, additive; label = shape."""
+    """Red circles, green squares, blue diamonds of 12 to 20 pixels, half bright; label = shape."""
     if canvas < 20:
         raise Fail(f"sprites of 20 pixels do not fit a canvas of {canvas}")
     scenes, choices = blank(batch, 3, canvas, counts)

@@ -36,35 +36,27 @@ def test_box_iou(a, b, iou):
 A, B, HALF_OF_A = [0, 0, 2, 2], [5, 5, 9, 9], [0, 0, 2, 1]
 
 
-@pytest.mark.parametrize(("true", "found", "iou"), [
-    ([A, B], [B, A], 1),                                # in any order
-    ([A, B], [A, NONE], 0.5),                           # one is missed
+@pytest.mark.parametrize(("true", "found", "total"), [
+    ([A, B], [B, A], 2),                                # in any order
+    ([A, B], [A, NONE], 1),                             # one is missed
     ([A, NONE], [A, B], 1),                             # one too many: counts tell, not this
     ([A, NONE], [HALF_OF_A, A], 1),
-    ([A, B], [A], 0.5),
+    ([A, B], [A], 1),
     ([A], [NONE, NONE, A], 1),
     ([NONE], [A], 0),                                   # no objects at all
-    ([A, HALF_OF_A], [A, NONE], 0.5),                   # no partner serves two
+    ([A, HALF_OF_A], [A, NONE], 1),                     # no partner serves two
 ])
-def test_matched_iou(true, found, iou):
-    assert matched_iou(np.array([true], float), np.array([found], float)) == pytest.approx(iou)
+def test_matched_iou(true, found, total):
+    one = matched_iou(np.array([true], float), np.array([found], float))
+    many = matched_iou(np.array([true] * 3, float), np.array([found] * 3, float))
+    assert (one, many) == pytest.approx((total, 3 * total))
 
 
-def test_matched_iou_takes_the_best_pairs_together_not_the_best_first():
-    """Greedy: A with P (1/2) and B with nothing. Best: A with Q (2/5), B with P (2/5)."""
-    a, b = [0, 0, 4, 1], [2, 0, 9, 1]
-    p, q = [2, 0, 4, 1], [0, 0, 1, 1]
-    pairs = np.array([[box_iou(np.array(s, float), np.array(t, float)) for t in (p, q)]
-                      for s in (a, b)])
-    best = max(pairs[0, 0] + pairs[1, 1], pairs[0, 1] + pairs[1, 0])
-    assert pairs.max() + 0 < best                       # greedy would take a with p: b gets nothing
-    assert matched_iou(np.array([[a, b]], float), np.array([[p, q]], float)) == best / 2
-
-
-def test_matched_iou_is_a_mean_over_objects_not_over_scenes():
-    true = np.array([[A, B], [A, NONE]], float)
-    found = np.array([[A, B], [NONE, NONE]], float)
-    assert matched_iou(true, found) == pytest.approx(2 / 3)
+def test_matched_iou_takes_the_best_pairs_together_not_the_best_pair_first():
+    """Along a line: a = 0..4, b = 2..9; p = 2..4 fits a best (1/2), but q = 0..1 fits a only."""
+    a, b, p, q = ([x0, 0, x1, 1] for x0, x1 in ((0, 4), (2, 9), (2, 4), (0, 1)))
+    both = matched_iou(np.array([[a, b]], float), np.array([[p, q]], float))
+    assert both == pytest.approx(1 / 4 + 2 / 7)         # a with q, b with p
 
 
 def test_confusion_counts_pairs():

@@ -39,7 +39,7 @@ def test_golden_digits(glyphs, layout, golden):
 
 
 def test_golden_sprites():
-    assert fingerprint(scenes.sprites(7, 0, 64)) == "fadd3652215d8be2"
+    assert fingerprint(scenes.sprites(7, 0, 64)) == "02339bee32d85f4a"
 
 
 @pytest.mark.parametrize("kind", ["digits", "sprites", "characters"])
@@ -80,7 +80,7 @@ def test_sprite_boxes_colours_and_sizes():
     assert 11 <= sides.min() <= 13 and 19 <= sides.max() <= 22
     area = [s.images[s.labels[:, 0] == shape].sum((1, 2, 3)).mean() for shape in range(3)]
     assert area[1] > area[0] > area[2]          # square, circle, diamond of the same width
-    assert s.images.max() == 1
+    assert s.images.max() == 0.5                # two of a colour that overlap stay apart from one
 
 
 @pytest.mark.parametrize("layout, apart", [("disjoint", 0), ("separated", 4)])

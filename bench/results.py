@@ -1,0 +1,77 @@
+"""Make the runs behind the README's tables again and keep what they print.
+
+    python -m bench.results air_multimnist                      everything: an hour on two cores
+    python -m bench.results air_multimnist default nvil         only these rows
+    SCENES_DATA=... python -m bench.results ...                 with the real MNIST
+
+results/<script>/runs.json names the commands and their seeds; each record is appended as a line to
+results/<script>/runs.jsonl. Run folders go where the commands put them (runs/), and one that is
+there already is continued, not repeated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ENOUGH = 0.98                   # the count accuracy whose time is told
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script")
+    parser.add_argument("rows", nargs="*", help="all by default")
+    args = parser.parse_args()
+    folder = Path("results") / args.script
+    table = json.loads((folder / "runs.json").read_text())
+    for row in args.rows or table:
+        for seed in table[row]["seeds"]:
+            record = {"row": row, "seed": seed, **measure(table[row]["command"].format(seed=seed))}
+            with open(folder / "runs.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            print(json.dumps({k: record.get(k) for k in ("row", "seed", "count_accuracy", "elbo",
+                                                        "train_seconds", "peak_mb")}), flush=True)
+
+
+def measure(command):
+    """Run a command; the JSON object that it prints, with machine, time and memory."""
+    words = shlex.split(command)
+    train = words[2] not in ("evaluate", "infer", "figures") if len(words) > 2 else True
+    with subprocess.Popen([sys.executable, *words[1:], *(["--resume"] if train else [])],
+                          stdout=subprocess.PIPE, text=True) as process:
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with status {process.returncode}")
+    record = {"command": command, "machine": machine(), "peak_mb": usage.ru_maxrss // 1024,
+              **json.loads(out.strip().splitlines()[-1])}
+    if train:
+        record |= timing(Path(record["run"]) / "metrics.jsonl")
+    return record
+
+
+def timing(path):
+    """Seconds of training, and until the validation scenes were counted well enough."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    enough = [line["seconds"] for line in lines if line.get("count_accuracy", 0) >= ENOUGH]
+    return {"train_seconds": lines[-1]["seconds"], "seconds_to_98": enough[0] if enough else None}
+
+
+def machine():
+    """The processor by name, and how many cores of it."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+if __name__ == "__main__":
+    main()
