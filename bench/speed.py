@@ -19,7 +19,7 @@ from pathlib import Path
 
 RESULTS = Path("results/air_multimnist/speed.jsonl")
 CONTENDERS = ("ours", "torch eager", "torch compile")
-BLOCKS, BLOCK = 12, 10
+BLOCKS, BLOCK = 10, 10
 
 
 # ---------------------------------------------------------------- contenders: a function each

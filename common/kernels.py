@@ -168,6 +168,21 @@ def _warp_back(dout, src, a, b, dsrc, da, db, want_src):
 
 
 @jit
+def _lstm_gates(s, c, gates, c_new):
+    """From s = tanh of the gates' inputs (halved for i, f, o) to the gates and c'."""
+    B, H = c.shape
+    for n in range(B):
+        for k in range(4 * H):
+            gates[n, k] = s[n, k]
+        for k in range(2 * H):
+            gates[n, k] = gates[n, k] / 2 + c.dtype.type(0.5)
+        for k in range(3 * H, 4 * H):
+            gates[n, k] = gates[n, k] / 2 + c.dtype.type(0.5)
+        for k in range(H):
+            c_new[n, k] = gates[n, k + H] * c[n, k] + gates[n, k] * gates[n, k + 2 * H]
+
+
+@jit
 def _lstm_gates_back(dh, dc_new, c, gates, du, dc_old):
     B, H = c.shape
     for n in range(B):
@@ -378,11 +393,14 @@ def warp_back(dout, src, a, b, want_src=True):
 
 
 def lstm_gates(u, c):
-    """(h, c', gates): NumPy's own vectorised tanh leaves little to gain on the CPU."""
+    """(h, c', gates); on the CPU with NumPy's tanh, which is vectorised where numba's is not."""
+    B, H = c.shape
+    h, c_new, gates = xp.empty_like(c), xp.empty_like(c), xp.empty((B, 5 * H), c.dtype)
     if DEVICE == "cpu":
-        return lstm_gates_reference(u, c)
-    h, c_new = xp.empty_like(c), xp.empty_like(c)
-    gates = xp.empty((c.shape[0], 5 * c.shape[1]), c.dtype)
+        half = np.repeat(np.array([0.5, 0.5, 1, 0.5], c.dtype), H)
+        _lstm_gates(np.tanh(u * half), c, gates, c_new)
+        t = np.tanh(c_new, out=gates[:, 4 * H:])
+        return np.multiply(gates[:, 3 * H:4 * H], t, out=h), c_new, gates
     launch("lstm_gates", c.size, u, c, h, c_new, gates, *c.shape)
     return h, c_new, gates
 

@@ -46,11 +46,24 @@ class Params(Mapping):
 
 
 class Grads(Params):
-    """Same names, same shapes, zero at first. `linear` queues its products: see `flush`."""
+    """Same names, same shapes. `linear` queues its products, `flush` makes them.
+
+    `zero` is lazy: a view is cleared when it is first read, and a queued product simply lands on it.
+    `flat` is whole after `flush`.
+    """
 
     def __init__(self, p):
         super().__init__({k: np.zeros(v.shape) for k, v in p.items()}, p.flat.dtype)
-        self.queues = {}
+        self.zero()
+
+    def zero(self):
+        self.queues, self.stale = {}, set(self)
+
+    def __getitem__(self, name):
+        if name in self.stale:
+            self.stale.remove(name)
+            self.views[name][...] = 0
+        return self.views[name]
 
     def queue(self, name, x, dy):
         """Remember that `y = x W + b` received dy; a weight used N times waits for one product."""
@@ -60,14 +73,19 @@ class Grads(Params):
         """dW += x^T dy and db += sum dy, one product per weight however often it was used."""
         for name, uses in self.queues.items():
             x, dy = (join([use[k] for use in uses]) for k in (0, 1))
-            self[name + ".W"][...] += gemm(x.T, dy)
-            if name + ".b" in self:
-                self[name + ".b"][...] += gemm(xp.ones_like(dy[:, 0]), dy)
+            self.add_product(name + ".W", x.T, dy)
+            if name + ".b" in self.views:
+                self.add_product(name + ".b", xp.ones_like(dy[:, 0]), dy)
         self.queues.clear()
+        for name in list(self.stale):
+            self[name]                                  # what nothing has reached is zero
 
-    def zero(self):
-        self.flat[...] = 0
-        self.queues.clear()
+    def add_product(self, name, a, b):
+        if name in self.stale:
+            self.stale.remove(name)
+            gemm(a, b, out=self.views[name])
+        else:
+            self.views[name] += gemm(a, b)
 
 
 def join(arrays):
