@@ -51,7 +51,7 @@ VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no train
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = cli.option(2500, "optimiser updates", low=1)
+    steps: int = cli.option(2300, "optimiser updates", low=1)
     batch_size: int = cli.option(64, "scenes per update", low=1)
     model: str = cli.option("air", "air: LSTM; dair: sees the residual; heads: the NumPy reduction",
                             choices=("air", "dair", "heads"))
@@ -96,7 +96,8 @@ PRESETS = {
     "quick": {"steps": 1000, "test_scenes": 2000},
     "long": {"steps": 30_000, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
-    "sprites": {"data": "sprites"},
+    "sprites": {"data": "sprites", "steps": 4000, "temperature": 100.0, "temperature_steps": 1000,
+                "prior": 5.0, "eval_every": 500},
     "omniglot": {"data": "omniglot", "max_steps": 4, "counts": (1,), "eval_every": 250},
     "paper": {"estimator": "nvil", "steps": 200_000, "lr": 1e-4, "lr_floor": 1.0,
               "baseline_lr": 10.0, "temperature": 1.0, "temperature_steps": 0,

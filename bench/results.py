@@ -40,27 +40,27 @@ def main():
 
 def measure(command):
     """Run a command; the JSON object that it prints, with machine, time and memory."""
-    words = shlex.split(command)
-    train = words[2] not in ("evaluate", "infer", "figures") if len(words) > 2 else True
-    with subprocess.Popen([sys.executable, *words[1:], *(["--resume"] if train else [])],
-                          stdout=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, *shlex.split(command)[1:]]
+    if "evaluate" not in words:
+        words.append("--resume")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         out = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} ended with status {process.returncode}")
-    record = {"command": command, "machine": machine(), "peak_mb": usage.ru_maxrss // 1024,
-              **json.loads(out.strip().splitlines()[-1])}
-    if train:
+    record = {"machine": machine(), "peak_mb": usage.ru_maxrss // 1024,
+              **json.loads(out.strip().splitlines()[-1]), "command": command}
+    if "run" in record:
         record |= timing(Path(record["run"]) / "metrics.jsonl")
     return record
 
 
 def timing(path):
-    """Seconds of training, and until the validation scenes were counted well enough."""
+    """Seconds of training until the validation scenes were counted well enough."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     enough = [line["seconds"] for line in lines if line.get("count_accuracy", 0) >= ENOUGH]
-    return {"train_seconds": lines[-1]["seconds"], "seconds_to_98": enough[0] if enough else None}
+    return {"seconds_to_98": enough[0] if enough else None}
 
 
 def machine():

@@ -32,8 +32,8 @@ def option(default, help, *, low=None, high=None, choices=None):
 def main(doc, Config, presets, *, train, evaluate, infer, figures, adjustable=(), argv=None):
     """Parse, call the verb, print its result as one JSON line; errors are one line, status 2.
 
-    train(cfg, run), evaluate(cfg, weights, scenes_path) and infer(cfg, weights, files, folder)
-    return a dict; figures(folders, data_dir) draws. `adjustable` names the fields of the config
+    train(cfg, run), evaluate(cfg, weights, scenes_path or None, data_dir) and
+    infer(cfg, weights, files, folder) return a dict; figures(folders, data_dir) draws. `adjustable` names the fields of the config
     that evaluate and infer may change although the weights were trained with others.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -102,15 +102,17 @@ def run_train(parser, words, script, Config, presets, train):
     run = Run(folder, cfg, args.seed, args.data_dir, args.resume, args.save_every, about)
     say(f"run folder: {folder}")
     metrics = train(cfg, run)
-    return {**about, "seed": args.seed, "steps": cfg.steps,
+    return {**about, "run": folder, "seed": args.seed, "steps": cfg.steps,
             "train_seconds": round(run.seconds, 1), **metrics}
 
 
 def run_evaluate(parser, words, script, Config, adjustable, evaluate):
-    parser.add_argument("--scenes", required=True, type=Path, metavar="F.npz",
-                        help="scene file; its arrays are described in the README")
+    parser.add_argument("--scenes", type=Path, metavar="F.npz",
+                        help="scene file, as the README describes (default: fresh test scenes)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR",
+                        help="where MNIST and Omniglot lie, for fresh scenes")
     cfg, weights, args, origin = with_weights(parser, words, script, Config, adjustable)
-    return {"scenes": args.scenes, **origin, **evaluate(cfg, weights, args.scenes)}
+    return {"scenes": args.scenes, **origin, **evaluate(cfg, weights, args.scenes, args.data_dir)}
 
 
 def run_infer(parser, words, script, Config, adjustable, infer):

@@ -83,7 +83,7 @@ def train(cfg, run):
     return {"bits": to_host(w).tobytes().hex(), "empty": float("nan")}
 
 
-def evaluate(cfg, weights, path):
+def evaluate(cfg, weights, path, data_dir):
     """Mean squared error on the rows of a file."""
     try:
         with np.load(path, allow_pickle=False) as file:
