@@ -40,8 +40,8 @@ from common.ops import (
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params
-from common.run import load_weights, save_weights
 from common.sampler import read, window_boxes, write
+from common.store import load_weights, save_weights
 
 INK = 0.1      # a drawn pixel brighter than this belongs to an object's box
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from

@@ -5,8 +5,8 @@
     SCENES_DATA=... python -m bench.results ...                 with the real MNIST
 
 results/<script>/runs.json names the commands and their seeds; each record is appended as a line to
-results/<script>/runs.jsonl. Run folders go where the commands put them (runs/), and one that is
-there already is continued, not repeated.
+results/<script>/runs.jsonl, and what has a record already is not run again. Run folders go where
+the commands put them (runs/).
 """
 
 import argparse
@@ -28,11 +28,15 @@ def main():
     parser.add_argument("rows", nargs="*", help="all by default")
     args = parser.parse_args()
     folder = Path("results") / args.script
-    table = json.loads((folder / "runs.json").read_text())
+    table, records = json.loads((folder / "runs.json").read_text()), folder / "runs.jsonl"
+    lines = records.read_text().splitlines() if records.exists() else []
+    done = {(r["row"], r["seed"]) for r in map(json.loads, lines)}
     for row in args.rows or table:
         for seed in table[row]["seeds"]:
+            if (row, seed) in done:
+                continue
             record = {"row": row, "seed": seed, **measure(table[row]["command"].format(seed=seed))}
-            with open(folder / "runs.jsonl", "a") as f:
+            with open(records, "a") as f:
                 f.write(json.dumps(record) + "\n")
             print(json.dumps({k: record.get(k) for k in ("row", "seed", "count_accuracy", "elbo",
                                                         "train_seconds", "peak_mb")}), flush=True)

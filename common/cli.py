@@ -13,7 +13,8 @@ from typing import get_args, get_type_hints
 
 from common.errors import Fail
 from common.mpi import is_root, leave
-from common.run import Run, Stopped, as_json, load_weights, say
+from common.run import Run, Stopped, say
+from common.store import as_json, load_weights
 
 VERBS = """the four verbs:
   python {script}.py                           train, score on fresh scenes, draw figures
@@ -33,8 +34,9 @@ def main(doc, Config, presets, *, train, evaluate, infer, figures, adjustable=()
     """Parse, call the verb, print its result as one JSON line; errors are one line, status 2.
 
     train(cfg, run), evaluate(cfg, weights, scenes_path or None, data_dir) and
-    infer(cfg, weights, files, folder) return a dict; figures(folders, data_dir) draws. `adjustable` names the fields of the config
-    that evaluate and infer may change although the weights were trained with others.
+    infer(cfg, weights, files, folder) return a dict; figures(folders, data_dir) draws.
+    `adjustable` names the fields of the config that evaluate and infer may change although the
+    weights were trained with others.
     """
     argv = sys.argv[1:] if argv is None else argv
     verbs = {"train": lambda *a: run_train(*a, presets, train),

@@ -48,7 +48,7 @@ class Params(Mapping):
 class Grads(Params):
     """Same names, same shapes. `linear` queues its products, `flush` makes them.
 
-    `zero` is lazy: a view is cleared when it is first read, and a queued product simply lands on it.
+    `zero` is lazy: a view is cleared when first read, and a queued product simply lands on it.
     `flat` is whole after `flush`.
     """
 

@@ -12,7 +12,7 @@ import pytest
 import toy_script
 from common import cli
 from common.errors import Fail
-from common.run import load_weights, save_weights
+from common.store import load_weights, save_weights
 from toy_script import Config
 
 

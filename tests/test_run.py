@@ -18,8 +18,10 @@ import pytest
 
 import toy_script
 from common import run as runs
+from common import store
 from common.errors import Fail
-from common.run import Run, load_weights, read_npz, save_weights
+from common.run import Run
+from common.store import load_weights, read_npz, save_weights
 from toy_script import Config
 
 TOY = Path(toy_script.__file__)
@@ -335,7 +337,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(path, mode="r", **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(runs, "open", refuse, raising=False)
+    monkeypatch.setattr(store, "open", refuse, raising=False)
     with pytest.raises(Fail, match=r"^cannot write .*config\.json: Permission denied$"):
         fit(tmp_path)
 

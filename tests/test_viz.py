@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from common.errors import Fail
+from common.store import whole_file
 from viz import curves, gif, scenes, style, table
 
 B, N, S = 3, 2, 20
@@ -163,8 +164,8 @@ def test_plain_gif(tmp_path):
 
 def test_interrupted_writing_leaves_the_old_file(tmp_path):
     path = write(tmp_path / "kept", [])
-    with pytest.raises(KeyboardInterrupt), style.whole_file(path) as temporary:
-        temporary.write_text("half")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write(b"half")
         raise KeyboardInterrupt
     assert [f.name for f in tmp_path.iterdir()] == ["kept"] and path.read_text() == ""
 

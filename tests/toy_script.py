@@ -18,7 +18,7 @@ import numpy as np
 from common import cli
 from common.errors import Fail
 from common.mpi import is_root, mean_over_processes, share
-from common.run import load_weights, save_weights
+from common.store import load_weights, save_weights
 
 D = 64
 

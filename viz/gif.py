@@ -3,7 +3,8 @@
 import numpy as np
 
 from common.errors import Fail
-from viz.style import FAINT, GREY, INK, RUN, STEP, duration, rgb, step_colour, visible, whole_file
+from common.store import whole_file
+from viz.style import FAINT, GREY, INK, RUN, STEP, duration, rgb, step_colour, visible
 
 EDGE, SPACE, CAPTION, CURVE = 18, 6, 44, 84                         # pixels
 
@@ -21,8 +22,8 @@ def gif(path, frames, fps=10, hold=2.0, fixed=()):
     palette = shared_palette(frames, fixed)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     times = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold)]
-    with whole_file(path) as temporary:
-        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:],
+    with whole_file(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:],
                        duration=times, loop=0, disposal=1, optimize=False)
 
 

@@ -1,10 +1,10 @@
 """One look for every figure: colours, type, layout in exact pixels, files written whole."""
 
-import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
+
+from common.store import whole_file
 
 # Colours of step 1, 2, ...: bright on black scenes; the colour-blind can tell the first four apart.
 STEP = ["#E8502F", "#19C396", "#3D93F0", "#F2C12E", "#F7A8CF", "#8A6FD1"]
@@ -45,19 +45,6 @@ def duration(seconds):
 
 
 @contextmanager
-def whole_file(path):
-    """A temporary name beside `path` that takes its place once it is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def figure(path, width, height, **options):
     """A matplotlib figure of so many pixels, written as a PNG when the block ends."""
     import matplotlib
@@ -66,8 +53,8 @@ def figure(path, width, height, **options):
     with matplotlib.rc_context(RC):
         fig = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white", **options)
         yield fig
-        with whole_file(path) as temporary:
-            fig.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        with whole_file(path) as file:
+            fig.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
 
 
 @contextmanager

@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 from common.errors import Fail
+from common.store import write_text
 from viz.curves import read_jsonl
-from viz.style import duration, whole_file
+from viz.style import duration
 
 TABLE = re.compile(r"(<!-- table:([\w.-]+) -->\n)((?:(?!<!-- table:).)*?)(<!-- end -->)", re.DOTALL)
 COLUMNS = ("", "Paper", "Public best", "Here", "Training", "Machine", "Command")
@@ -112,8 +113,7 @@ def main(argv=None):
             print(f"{args.readme} differs from results/: python -m viz.table {args.readme}",
                   file=sys.stderr)
         return int(new != old)
-    with whole_file(args.readme) as temporary:
-        temporary.write_text(new, encoding="utf-8")
+    write_text(args.readme, new)
     return 0
 
 
