@@ -94,10 +94,10 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 1000, "test_scenes": 2000},
-    "long": {"steps": 30_000, "eval_every": 1000},
+    "long": {"steps": 16_000, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
-    "sprites": {"data": "sprites", "steps": 4000, "temperature": 100.0, "temperature_steps": 1000,
-                "prior": 5.0, "eval_every": 500},
+    "sprites": {"data": "sprites", "steps": 6000, "temperature": 100.0, "temperature_steps": 1000,
+                "prior": 5.0, "eval_every": 1000},
     "omniglot": {"data": "omniglot", "max_steps": 4, "counts": (1,), "eval_every": 250},
     "paper": {"estimator": "nvil", "steps": 200_000, "lr": 1e-4, "lr_floor": 1.0,
               "baseline_lr": 10.0, "temperature": 1.0, "temperature_steps": 0,
@@ -254,8 +254,8 @@ def step(p, cfg, x, a, state, eps_where, eps_what):
     drawn, back_write = write(patch, window, x.shape[2:])           # (B, C, S, S)  eq.6
     y = y + drawn                                                   # (B, C, S, S)  eq.6
     z = xp.concatenate([xp.ones_like(where[:, :1]), where, what], 1)    # (B, Z)
-    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, y=y,
-                            mean=mean, window=window, patch=patch)
+    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, y=y, window=window,
+                            patch=patch)
 
     def back(dstate, dlogit, dkl, g):
         dh, dc, dz, dy = dstate
@@ -670,7 +670,8 @@ def train(cfg, run):
         if run.due(step + 1, cfg.eval_every):
             run.log(step + 1, loss=float(loss), **score(p, cfg, watched))
         if is_root() and run.due(step + 1, max(cfg.steps // 50, 1)):
-            keep_frame(run.folder, step + 1, p, cfg, watched[0][0][:6])
+            images, counts, _ = watched[0]
+            keep_frame(run.folder, step + 1, p, cfg, images[varied(counts, (3, 2, 1))])
 
     metrics = {"trained_on": source(glyphs),
                **score(p, cfg, stream(cfg, test_glyphs, TEST, cfg.test_scenes))}
@@ -681,6 +682,13 @@ def train(cfg, run):
 
 
 # ================================================================ figures
+
+def varied(counts, numbers):
+    """Which scenes to show: so many with the most objects, so many with the next fewer, ..."""
+    kinds = np.unique(counts)[::-1]
+    return np.concatenate([np.flatnonzero(counts == n)[:k]
+                           for n, k in zip(kinds, numbers, strict=False)])
+
 
 def keep_frame(folder, step, p, cfg, images):
     """What the attention GIF will show of this moment of training."""
@@ -746,7 +754,7 @@ def figures(folders, data_dir=None):
     glyphs = load_glyphs(cfg, "test", data_dir)
     fresh = draw_scenes(cfg, glyphs, TEST, 0, 1000)
     images, counts = fresh.images, fresh.counts
-    pick = np.concatenate([np.flatnonzero(counts == n)[:3] for n in sorted(set(cfg.counts))[::-1]])
+    pick = varied(counts, (4, 3, 1))
     guess = infer_scenes(p, cfg, images[pick])
     there, drawn, canvases = (getattr(guess, name).swapaxes(0, 1)
                               for name in ("there", "patches", "canvases"))

@@ -5,10 +5,18 @@ whose gradient must be ours. `nvil` is the usual surrogate: its value means noth
 """
 
 import math
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Traces(NamedTuple):
+    """What the steps leave for the loss. A plain tuple: `torch.compile` wants one whole graph."""
+    logit: list
+    kl: list
+    y: list
+    h: list
 
 
 def mlp(p, name, x):
@@ -16,7 +24,7 @@ def mlp(p, name, x):
     while f"{name}.{k}.W" in p:
         if k:
             x = F.relu(x)
-        x = x @ p[f"{name}.{k}.W"] + p[f"{name}.{k}.b"]
+        x = torch.addmm(p[f"{name}.{k}.b"], x, p[f"{name}.{k}.W"])
         k += 1
     return x
 
@@ -49,7 +57,8 @@ def window_of(where):
 
 
 def lstm(p, a, z, h, c):
-    i, f, g, o = (a + z @ p["lstm.x.W"] + h @ p["lstm.h.W"]).chunk(4, 1)
+    u = torch.addmm(torch.addmm(a, z, p["lstm.x.W"]), h, p["lstm.h.W"])
+    i, f, g, o = u.chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
@@ -62,7 +71,7 @@ def unroll(p, cfg, x, noise):
     z, y = x.new_zeros(B, 4 + K), torch.zeros_like(x)
     if cfg.model != "dair":
         a = mlp(p, "look", pool(x))
-    out = SimpleNamespace(logit=[], kl=[], y=[], h=[])
+    out = Traces([], [], [], [])
     for i in range(cfg.max_steps):
         if cfg.model == "heads":
             own = a.reshape(B, cfg.max_steps, -1)[:, i]
@@ -75,7 +84,7 @@ def unroll(p, cfg, x, noise):
                 h = F.relu(mlp(p, "look", pool(seen)))
             else:
                 h, c = lstm(p, a, z, h, c)
-            head = h @ p["head.W"] + p["head.b"]
+            head = torch.addmm(p["head.b"], h, p["head.W"])
             logit = head[:, 0]
             where, kl_where = latent(head[:, 1:4], head[:, 4:].clamp(-5, 1), noise.where[i])
             window = window_of(where)
@@ -85,8 +94,8 @@ def unroll(p, cfg, x, noise):
             z = torch.cat([torch.ones_like(where[:, :1]), where, what], 1)
         patch = torch.sigmoid(mlp(p, "decode", what)).reshape(B, C, G, G)
         y = y + write(patch, window, S)
-        for name, value in (("logit", logit), ("kl", kl), ("y", y), ("h", h)):
-            getattr(out, name).append(value)
+        for kept, value in zip(out, (logit, kl, y, h), strict=True):
+            kept.append(value)
     return out
 
 

@@ -14,9 +14,9 @@ from common.errors import Fail
 
 def write_npz(path, arrays, facts, keep=None, kept=""):
     """Whole or not at all, whenever the power fails; `keep` is where the old file goes."""
-    packed = np.frombuffer(json.dumps(as_json(facts)).encode(), np.uint8)
+    text = json.dumps(as_json({**facts, "arrays": list(arrays)}))
     with whole_file(path, keep, kept) as f:
-        np.savez(f, facts=packed, **arrays)
+        np.savez(f, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
 
 
 def read_npz(path):
@@ -24,7 +24,10 @@ def read_npz(path):
     try:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return arrays, json.loads(arrays.pop("facts").tobytes().decode())
+        facts = json.loads(arrays.pop("facts").tobytes().decode())
+        if facts.pop("arrays") != list(arrays):
+            raise ValueError("arrays are missing")
+        return arrays, facts
     except Exception as e:                              # damage can upset the reader in any way
         raise Fail(f"{path} is damaged or a foreign file ({type(e).__name__})") from None
 

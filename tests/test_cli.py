@@ -75,7 +75,6 @@ def test_default_folder_names_script_preset_and_seed(tmp_path, capsys, monkeypat
     (["--seed", "-1"], "argument --seed: -1 is below 0"),
     (["--threads", "0"], "argument --threads: 0 is below 1"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-    (["evaluate"], "the following arguments are required: --scenes"),
     (["evaluate", "--scenes", "x", "--lr", "1"], "unrecognized arguments: --lr 1"),
     (["infer"], "the following arguments are required: FILE"),
     (["figures"], "the following arguments are required: --run"),

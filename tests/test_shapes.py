@@ -2,17 +2,94 @@
 
 import importlib.util
 import itertools
+import os
 import textwrap
 
 import numpy as np
 import pytest
 
+import air_multimnist as air
+from common import data, kernels, metrics, ops, sampler
+from common.params import Params
 from meta.shapes import check_shapes
+from viz import scenes as drawing
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+def weights(**shapes):
+    return Params({name.replace("_", "."): ones(*shape) for name, shape in shapes.items()})
+
+
+AIR = {"B": 11, "N": 4, "C": 3, "S": 12, "G": 8, "H": 22, "K": 9, "Z": 13, "P": 108, "L": 88,
+       "count": 7}
+
+
+def run_air():
+    """All that the script computes, by each model and estimator. (L is 4H and N (4 + 2K) here.)"""
+    images = np.random.default_rng(0).random((11, 3, 12, 12), np.float32)
+    for model, estimator in [*itertools.product(air.ATTEND, air.ESTIMATORS), ("heads", "relaxed")]:
+        cfg = air.Config(model=model, estimator=estimator, data="sprites", max_steps=4, canvas=12,
+                         glimpse=8, hidden=22, what=9, units=10, rates=(0.5, 0.4, 0.3, 0.2))
+        p = Params(air.init(cfg, 0))
+        noise, numbers = air.draw_noise(cfg, 11, 0, 0), air.schedule(cfg, 0)
+        _, back = air.objective(p, cfg, images, noise, numbers)
+        back(p.grads())
+    air.score(p, cfg, [(images, np.ones(11, int), None)])
+    air.scanning_heat(p, cfg, images)
+    air.prior_samples(p, cfg, 7, np.random.default_rng(0))
+
+
+def run_sampler():
+    window = ones(11, 3)
+    glimpse, _ = sampler.read(ones(11, 2, 9, 7), window, 5)
+    sampler.write(glimpse, window, (9, 7))
+
+
+def run_metrics():
+    metrics.matched_iou(metrics.ink_boxes(ones(5, 2, 3, 6, 8)), np.zeros((5, 4, 4)))
+
+
+def run_warp():
+    src, a = ones(11, 2, 9, 7), ones(11, 2)
+    out = kernels.warp_reference(src, a, a, (5, 6))
+    kernels.warp_back_reference(out, src, a, a)
+
+
+def run_gates():
+    h, c, gates = kernels.lstm_gates_reference(ones(5, 16), ones(5, 4))
+    kernels.lstm_gates_back_reference(h, c, c, gates)
+
 
 # One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
 # A commented line of a listed module or function that no run executes fails, so list only what
 # the run covers, and give every dimension a size of its own.
-CASES = {}
+CASES = {
+    "air": ([air], AIR, run_air),
+    "linear, dense": ([ops.linear, ops.dense], {"B": 5, "I": 3, "O": 4}, lambda: ops.dense(
+        weights(a_W=(3, 4), a_b=(4,)), "a", ones(5, 3), ops.relu)),
+    "rnn": ([ops.rnn], {"B": 5, "H": 4}, lambda: ops.rnn(
+        weights(a_x_W=(3, 4), a_h_W=(4, 4), a_h_b=(4,)), "a", ones(5, 3), ones(5, 4))),
+    "lstm": ([ops.lstm], {"B": 5, "H": 4}, lambda: ops.lstm(
+        weights(a_x_W=(3, 16), a_h_W=(4, 16)), "a", ones(5, 16), ones(5, 3), *ones(2, 5, 4))),
+    "latent": ([ops.gaussian, ops.gaussian_kl, ops.latent], {"B": 5, "K": 3},
+               lambda: ops.latent(*ones(3, 5, 3))),
+    "density": ([ops.gaussian_log_density], {"B": 5, "D": 24},
+                lambda: ops.gaussian_log_density(ones(5, 2, 3, 4), 0.0, 1.0)),
+    "sampler": ([sampler], {"B": 11, "C": 2, "H": 9, "W": 7, "G": 5}, run_sampler),
+    "metrics": ([metrics], {"B": 5, "K": 2, "H": 6, "W": 8, "size": 4}, run_metrics),
+    "hat_weights": ([kernels.hat_weights], {"B": 11, "n_out": 5, "n_in": 9},
+                    lambda: kernels.hat_weights(ones(11), ones(11), 5, 9)),
+    "warp": ([kernels.warp_reference, kernels.warp_back_reference],
+             {"B": 11, "C": 2, "h": 9, "w": 7, "H": 5, "W": 6}, run_warp),
+    "gates": ([kernels.lstm_gates_reference, kernels.lstm_gates_back_reference], {"B": 5, "H": 4},
+              run_gates),
+    "shrink": ([data.shrink], {"size": 50}, lambda: data.shrink(np.ones((2, 105, 105), bool))),
+    "scanning": ([drawing.scanning], {"R": 2, "N": 4, "H": 9, "W": 7},
+                 lambda: drawing.scanning(os.devnull, np.ones((2, 4, 9, 7)), "ab")),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
