@@ -4,7 +4,7 @@ SCRIPT ?= air_multimnist
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train figures bench table clean
+.PHONY: help setup test lint train figures bench results table clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,17 +20,20 @@ test:  ## Run the test suite
 lint:  ## Check the style
 	$(PYTHON) -m ruff check .
 
-train:  ## Train one script: make train SCRIPT=sqair_moving ARGS="--preset quick"
+train:  ## Train one script: make train ARGS="--preset quick"
 	$(PYTHON) $(SCRIPT).py $(ARGS)
 
 figures:  ## Draw the figures of one script again: make figures SCRIPT=... ARGS="--run DIR"
 	$(PYTHON) $(SCRIPT).py figures $(ARGS)
 
 bench:  ## Time the scripts beside the same models in PyTorch
-	$(PYTHON) -m bench $(ARGS)
+	$(PYTHON) -m bench.speed $(ARGS)
 
-table:  ## Print the README's result tables from the committed metrics
-	$(PYTHON) -m viz.table
+results:  ## Run what the README's tables rest on (an hour on two cores)
+	$(PYTHON) -m bench.results $(SCRIPT)
+
+table:  ## Write the README's result tables from the committed metrics
+	$(PYTHON) -m viz.table README.md
 
 clean:  ## Delete caches (runs/ stays)
 	rm -rf .pytest_cache .ruff_cache

@@ -8,8 +8,8 @@ The model, with the numbers that tag the lines below (forward and backward alike
     eq.2   h_i = LSTM(x, z_{i-1}, h_{i-1})                       attend: what is not explained yet?
            DAIR: h_i = MLP(x - y_{i-1})
     eq.3   q(z_pres_i | ..) = Bernoulli(sigmoid(l_i)), q(z_where_i | ..) = N(mean, std^2)
-    eq.4   window_i = (s, t): s = 0.5 exp(0.15 z_0), t = 0.5 z_12
-    eq.5   q(z_what_i | ..) = N(encoder(read(x, window_i)))      infer
+    eq.4   window_i = (s, t): s = 0.5 exp(0.15 w_0), t = 0.5 (w_1, w_2), where w = z_where_i
+    eq.5   q(z_what_i | ..) = N(encoder(read(x, window_i)))      infer; DAIR reads x - y_{i-1}
     eq.6   y_i = y_{i-1} + write(decoder(z_what_i), window_i)    repeat
     eq.7   log p(x | n, z) = log N(x; y_n, sigma^2)
     eq.8   log p(x) >= E_q[ log p(x | n, z) + log p(n) - log q(n) - sum_{i<=n} KL_i ]
@@ -175,7 +175,7 @@ def head(p, h):
 
 
 def window_of(where):
-    """s = 0.5 exp(0.15 z_0), t = 0.5 z_12: the prior N(0, 1) covers the canvas."""
+    """The prior N(0, 1) covers the canvas."""
     s = 0.5 * xp.exp(0.15 * where[:, :1])                           # (B, 1)
     window = xp.concatenate([s, 0.5 * where[:, 1:]], 1)             # (B, 3)
 
@@ -242,6 +242,7 @@ ATTEND = {"air": attend_air, "dair": attend_dair}
 def step(p, cfg, x, a, state, eps_where, eps_what):
     """Object i: attend (eq.2 to 4), infer what it is (eq.5), draw it (eq.6)."""
     h, c, z, y = state                              # (B, H), (B, H), (B, Z), (B, C, S, S)
+    # z is object i-1: 1 (it is there, or step i would not matter), z_where, z_what; 0 at step 1
     seen = residual(x, y) if cfg.model == "dair" else x             # (B, C, S, S)  eq.2
     h, c, back_h = ATTEND[cfg.model](p, seen, a, z, h, c)           # (B, H), (B, H)  eq.2
     logit, mean, log_std, back_head = head(p, h)                    # (B,), (B, 3), (B, 3)  eq.3
@@ -388,7 +389,10 @@ def exact(p, cfg, x, traces, noise, weights):
 
     E_n = log p(x | n) - sum_{i<=n} KL_i + log p(n);  bound = sum_n q(n) (E_n - T log q(n)).
     With A_n = q(n) (E_n - T log q(n)), and since dq(n)/dl_i is q(n) (1 - p_i) for n >= i,
-    -q(n) p_i for n = i - 1, and 0 below:  dbound/dl_i = (1 - p_i) sum_{n>=i} A_n - p_i A_{i-1}.
+    -q(n) p_i for n = i - 1, and 0 below:  dbound/dl_i = (1 - p_i) sum_{n>=i} A_n - p_i A_{i-1}
+    (the derivative of log q itself adds -T sum_n dq(n)/dl_i = 0). No z_pres is sampled, so no score
+    function is needed; z_where and z_what of step i are drawn given that i objects are there, which
+    is the case in all terms n >= i, the only ones where they appear: the estimate is unbiased.
     """
     B, T = len(x), weights.temperature
     logits = xp.stack([t.logit for t in traces])                    # (N, B)
@@ -418,7 +422,8 @@ def nvil(p, cfg, x, traces, noise, weights):
     only what follows, so that  dbound/dl_i = (z_i - p_i) (R_i - b_i)  in expectation, with
     R_i = log p(x | n) + sum_{j>=i} ( log p(z_j) - T log q(z_j) - [j <= n] KL_j ).
     The baseline b_i may depend on x and z_{<i}: the canvas so far, scored, plus what a small
-    network adds from h_i; it is fitted to R_i by least squares.
+    network adds from h_i (times 100: rewards are hundreds of nats; it begins at 0). It is fitted to
+    R_i by least squares, which adds to the gradient but not to the loss that is returned.
     """
     B, N, T = len(x), cfg.max_steps, weights.temperature
     logits = xp.stack([t.logit for t in traces])                    # (N, B)
@@ -433,7 +438,7 @@ def nvil(p, cfg, x, traces, noise, weights):
     F = ll + xp.asarray(log_p, x.dtype)[:, None] - T * log_posterior(logits)    # (N+1, B)  eq.8
     F[1:] -= xp.cumsum(kl, 0)
     passed = T * log_logistic(logits) + kl                          # (N, B)  what a yes has cost
-    reached = np.log(from_first(np.exp(log_p))[:-1])                # (N,)  log p(n >= i - 1)
+    reached = np.log(from_first(np.exp(log_p))[:-1])                # (N,)  log p(step i is asked)
     R = (chosen * F).sum(0) - xp.asarray(reached, x.dtype)[:, None]
     R[1:] += xp.cumsum(passed, 0)[:-1]                              # (N, B)
     b, back_b = mlp(p, "baseline", xp.concatenate([t.h for t in traces]))       # (N*B, 1)
@@ -602,9 +607,16 @@ def stream(cfg, glyphs, seed, total, part=250):
         yield draw_scenes(cfg, glyphs, seed, start, min(part, total - start))[:3]
 
 
+def fitting(cfg, weights):
+    """The weights as parameters, if they are what this config needs."""
+    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
+        raise Fail("these weights do not fit the config")
+    return Params(weights)
+
+
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
-    p = Params(weights)
+    p = fitting(cfg, weights)
     if path is None:
         glyphs = load_glyphs(cfg, "test", data_dir)
         fresh = stream(cfg, glyphs, TEST, cfg.test_scenes)
@@ -631,20 +643,20 @@ def file_parts(cfg, path, part=250):
 
 
 def infer(cfg, weights, files, out):
-    """The objects of each picture, and an overlay that shows them."""
+    """The objects of each picture, in its own pixels, and an overlay that shows them."""
     from viz.scenes import boxes_on_scenes
 
-    p, results = Params(weights), []
+    p, results = fitting(cfg, weights), []
     for path in files:
-        image = read_picture(path, cfg.canvas, channels(cfg))[None]
-        guess = infer_scenes(p, cfg, image)
-        overlay = Path(out) / (Path(path).stem + "_objects.png")
-        boxes_on_scenes(overlay, image, guess.boxes, guess.recon)
-        objects = [{"box": guess.boxes[0, i].round(2).tolist(),
-                    "window": guess.windows[0, i].round(2).tolist()} for i in range(guess.n[0])]
+        image, to_picture = read_picture(path, cfg.canvas, channels(cfg))
+        guess = infer_scenes(p, cfg, image[None])
+        overlay = Path(out) / f"{Path(path).name}.objects.png"
+        boxes_on_scenes(overlay, image[None], guess.boxes, guess.recon)
+        objects = [{"box": to_picture(guess.boxes[0, i]), "window": to_picture(guess.windows[0, i])}
+                   for i in range(guess.n[0])]
         results.append({"file": str(path), "overlay": str(overlay), "count": int(guess.n[0]),
                         "count_probabilities": guess.q[0].round(4).tolist(), "objects": objects})
-    return {"canvas": cfg.canvas, "pictures": results}
+    return {"pictures": results}
 
 
 # ================================================================ training
@@ -665,10 +677,10 @@ def train(cfg, run):
         g.zero()
         back(g)
         mean_over_processes(g.flat)
-        run.watch(loss=float(loss), gradient=norm(g.flat))
+        seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every):
-            run.log(step + 1, loss=float(loss), **score(p, cfg, watched))
+            run.log(step + 1, **seen, **score(p, cfg, watched))
         if is_root() and run.due(step + 1, max(cfg.steps // 50, 1)):
             images, counts, _ = watched[0]
             keep_frame(run.folder, step + 1, p, cfg, images[varied(counts, (3, 2, 1))])
@@ -751,6 +763,9 @@ def figures(folders, data_dir=None):
 
     runs = [load_run(folder) for folder in folders]                 # (config, weights) each
     folder, (cfg, p) = folders[0], runs[0]
+    for other, (c, _) in zip(folders, runs, strict=True):
+        if (channels(c), c.canvas, c.max_steps) != (channels(cfg), cfg.canvas, cfg.max_steps):
+            raise Fail(f"{other} and {folder} cannot be compared: their scenes or steps differ")
     glyphs = load_glyphs(cfg, "test", data_dir)
     fresh = draw_scenes(cfg, glyphs, TEST, 0, 1000)
     images, counts = fresh.images, fresh.counts
@@ -770,13 +785,13 @@ def figures(folders, data_dir=None):
                   [("count_accuracy", "count accuracy"), ("elbo", "ELBO (nats)"),
                    ("mse", "squared error per pixel")])
     gif.attention_gif(folder / "attention.gif", list(frames(folder)))
-    return {"figures": str(folder)}
 
 
 def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
-    return Config(**config), Params(weights)
+    cfg = cli.from_dict(Config, config, folder / "weights.npz")
+    return cfg, fitting(cfg, weights)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def _has_avx512():
 THREADS = _threads()
 for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[name] = str(THREADS)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # idle numba threads must not spin beside BLAS
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # no idle threads that spin beside BLAS
 if _has_avx512():  # OpenBLAS takes AVX2 kernels on some CPUs that could do twice as much
     os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 
@@ -71,7 +71,7 @@ except Fail as problem:  # imports come before main(): say the line here
 
 
 def gemm(a, b, out=None):
-    """The one place where matrices are multiplied."""
+    """The one place where models multiply matrices."""
     return xp.matmul(a, b, out=out)
 
 

@@ -59,9 +59,11 @@ def _text(axes):
 
 
 def read_picture(path, size, channels):
-    """Any picture file as (channels, size, size): resized to fit, padded with its border's colour.
+    """Any picture file as (channels, size, size), and where its pixels went.
 
-    Bright backgrounds are turned dark for single-channel models, which know white on black.
+    It is resized to fit and padded with its border's colour; bright backgrounds are turned dark for
+    single-channel models, which know white on black. Returns the array, and a function from boxes
+    x0, y0, x1, y1 on it to boxes in the file's own pixels.
     """
     import imageio.v3 as imageio
 
@@ -82,6 +84,7 @@ def read_picture(path, size, channels):
         a = a.mean(2, keepdims=True)
     elif a.shape[2] == 1:
         a = np.repeat(a, 3, 2)
+    zoom = max(a.shape[:2]) / size
     a = resize(a, size)
     border = np.median(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]), 0)
     if channels == 1 and border[0] > 0.5:
@@ -90,7 +93,11 @@ def read_picture(path, size, channels):
     out[...] = border
     top, left = (size - a.shape[0]) // 2, (size - a.shape[1]) // 2
     out[top:top + a.shape[0], left:left + a.shape[1]] = a
-    return np.moveaxis(out, 2, 0)
+
+    def to_picture(box):
+        return ((np.asarray(box) - [left, top, left, top]) * zoom).round(2).tolist()
+
+    return np.moveaxis(out, 2, 0), to_picture
 
 
 def resize(a, size):

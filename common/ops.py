@@ -4,7 +4,7 @@
     dx = back(dy, g)          its mirror; parameter gradients go into g
 
 `p` maps names to weights, `g` to their gradients. Pieces without weights take no `p`, and their
-`back` no `g`. Nothing here writes into an argument.
+`back` no `g`. Nothing here writes into an argument but into `g`.
 Dimension key: B rows, I inputs, O outputs, H hidden units, K latent dimensions.
 """
 

@@ -2,7 +2,12 @@
 
 A window is (scale, x, y) in canvas coordinates, where the canvas spans [-1, 1] in both axes: it
 covers [x - scale, x + scale] x [y - scale, y + scale]. `read` cuts a glimpse out of an image,
-`write` puts a patch back; both resample along rows and columns with `kernels.warp`.
+`write` puts a patch back. Both resample along rows and columns with `kernels.warp`: target pixel j
+looks at source position pos_j = a j + b. What a window's scale and shift receive follows from
+dpos, the loss's slope along each position: da = sum_j j dpos_j, db = sum_j dpos_j, so that
+    read:   dscale = sum_j dpos_j n/2 u_j             dshift = sum_j dpos_j n/2
+    write:  dscale = -sum_j dpos_j G/2 (x_j - shift) / scale^2,   dshift = -sum_j dpos_j G/2 / scale
+with u_j, x_j the target pixels' coordinates and n the source's size, summed over both axes.
 Dimension key: B images, C channels, G glimpse side, H W canvas.
 """
 

@@ -123,7 +123,7 @@ def picture(tmp_path):
     """Saves pixels as a PNG and reads it as a model's input."""
     def read(pixels, size, channels):
         imageio.imwrite(tmp_path / "picture.png", pixels)
-        return read_picture(tmp_path / "picture.png", size, channels)
+        return read_picture(tmp_path / "picture.png", size, channels)[0]
     return read
 
 

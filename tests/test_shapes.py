@@ -24,7 +24,7 @@ def weights(**shapes):
 
 
 AIR = {"B": 11, "N": 4, "C": 3, "S": 12, "G": 8, "H": 22, "K": 9, "Z": 13, "P": 108, "L": 88,
-       "count": 7}
+       "count": 11}
 
 
 def run_air():
@@ -39,7 +39,7 @@ def run_air():
         back(p.grads())
     air.score(p, cfg, [(images, np.ones(11, int), None)])
     air.scanning_heat(p, cfg, images)
-    air.prior_samples(p, cfg, 7, np.random.default_rng(0))
+    air.prior_samples(p, cfg, 11, np.random.default_rng(0))
 
 
 def run_sampler():
