@@ -18,7 +18,8 @@ Every step is computed as if its object were there (that is the only case that m
 y_0..y_N are the canvases of all possible counts; the three estimators differ in what they do then.
 
 Dimension key: B batch, N steps, C channels, S canvas side, G glimpse side, H hidden units,
-K appearance code, Z = 1 + 3 + K one object's latents (z_pres, z_where, z_what).
+K appearance code, Z = 1 + 3 + K one object's latents (z_pres, z_where, z_what), P pixels of the
+pooled image, L what `look` gives: 4H for AIR's LSTM, N (4 + 2K) for the heads.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from common.ops import (
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params
 from common.sampler import read, window_boxes, write
-from common.store import load_weights, save_weights
+from common.store import load_weights, save_weights, whole_file
 
 INK = 0.1      # a drawn pixel brighter than this belongs to an object's box
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
@@ -61,7 +62,7 @@ class Config:
                            choices=("digits", "drawn", "omniglot", "sprites"))
     layout: str = cli.option("disjoint", "how the ink boxes of digits may lie",
                              choices=("disjoint", "separated", "overlap"))
-    counts: tuple[int, ...] = cli.option((0, 1, 2), "object counts of a scene", low=0)
+    counts: tuple[int, ...] = cli.option((0, 1, 2), "object counts of a scene", low=0, high=8)
     canvas: int = cli.option(50, "side of the scene in pixels", low=8)
     digit_low: int = cli.option(20, "smallest side of a digit's frame, in pixels", low=4)
     digit_high: int = cli.option(28, "largest side of a digit's frame", low=4)
@@ -78,7 +79,7 @@ class Config:
     kl_weight: float = cli.option(1.0, "relaxed: weight of the latents' KL", low=0.0)
     presence_weight: float = cli.option(1.0, "relaxed: weight of presence's KL", low=0.0)
     rates: tuple[float, ...] = cli.option((0.5, 0.4, 0.2), "relaxed: prior presence of each step",
-                                          low=0.0, high=1.0)
+                                          low=1e-6, high=0.999)
     temperature: float = cli.option(40.0, "first weight of q(n)'s entropy; falls to 1", low=1.0)
     temperature_steps: int = cli.option(600, "updates until that weight is 1", low=0)
     prior_first: float = cli.option(5.0, "C of eq.1 at the start", low=0.0, high=100.0)
@@ -358,7 +359,7 @@ def log_posterior(logits):
 
 def from_first(d):
     """Sums over axis 0 from each entry to the last."""
-    return xp.cumsum(d[::-1], 0)[::-1]
+    return d[::-1].cumsum(0)[::-1]
 
 
 def one_hot_count(there):
@@ -439,8 +440,8 @@ def nvil(p, cfg, x, traces, noise, weights):
     F[1:] -= xp.cumsum(kl, 0)
     passed = T * log_logistic(logits) + kl                          # (N, B)  what a yes has cost
     reached = np.log(from_first(np.exp(log_p))[:-1])                # (N,)  log p(step i is asked)
-    R = (chosen * F).sum(0) - xp.asarray(reached, x.dtype)[:, None]
-    R[1:] += xp.cumsum(passed, 0)[:-1]                              # (N, B)
+    R = (chosen * F).sum(0) - xp.asarray(reached, x.dtype)[:, None]     # (N, B)
+    R[1:] += xp.cumsum(passed, 0)[:-1]
     b, back_b = mlp(p, "baseline", xp.concatenate([t.h for t in traces]))       # (N*B, 1)
     miss = asked * (R - ll[:-1] - 100 * b.reshape(N, B))            # (N, B)
     loss = -(chosen * F).sum() / B
@@ -663,6 +664,8 @@ def infer(cfg, weights, files, out):
 
 def train(cfg, run):
     """The loop: scenes in, one update out. Everything is keyed by (seed, step)."""
+    if cfg.estimator == "relaxed" and len(cfg.rates) != cfg.max_steps:
+        raise Fail(f"--rates must be {cfg.max_steps} numbers, one for each of --max-steps")
     glyphs, test_glyphs = (load_glyphs(cfg, split, run.data_dir) for split in ("train", "test"))
     p = Params(init(cfg, run.seed))
     g = p.grads()
@@ -679,7 +682,7 @@ def train(cfg, run):
         mean_over_processes(g.flat)
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
-        if run.due(step + 1, cfg.eval_every):
+        if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:
             run.log(step + 1, **seen, **score(p, cfg, watched))
         if is_root() and run.due(step + 1, max(cfg.steps // 50, 1)):
             images, counts, _ = watched[0]
@@ -705,9 +708,9 @@ def varied(counts, numbers):
 def keep_frame(folder, step, p, cfg, images):
     """What the attention GIF will show of this moment of training."""
     guess = infer_scenes(p, cfg, images)
-    (folder / "frames").mkdir(exist_ok=True)
-    np.savez_compressed(folder / "frames" / f"{step:07d}.npz", images=to_bytes(images),
-                        boxes=guess.windows, recon=to_bytes(guess.recon))
+    with whole_file(folder / "frames" / f"{step:07d}.npz") as file:
+        np.savez_compressed(file, images=to_bytes(images), boxes=guess.windows,
+                            recon=to_bytes(guess.recon))
 
 
 def to_bytes(images):
@@ -732,9 +735,9 @@ def frames(folder):
 
 def prior_samples(p, cfg, count, rng):
     """Scenes from the generative model: n ~ p(n) without the empty ones, z ~ N(0, 1)."""
-    n = rng.integers(1, max(cfg.counts) + 1, count)                 # (count,)
+    n = rng.integers(1, max(1, *cfg.counts) + 1, count)             # (count,)
     y = xp.zeros((count, channels(cfg), cfg.canvas, cfg.canvas), xp.float32)
-    for i in range(max(cfg.counts)):
+    for i in range(n.max()):
         where = to_device(rng.standard_normal((count, 3), np.float32))
         what = to_device(rng.standard_normal((count, cfg.what), np.float32))
         patch, _ = decode(p, what, (count, channels(cfg), cfg.glimpse, cfg.glimpse))
@@ -761,7 +764,7 @@ def figures(folders, data_dir=None):
     from viz import curves, gif
     from viz.scenes import boxes_on_scenes, patches, samples, scanning, step_by_step
 
-    runs = [load_run(folder) for folder in folders]                 # (config, weights) each
+    runs = [load_run(folder) for folder in folders]                 # config and weights of each
     folder, (cfg, p) = folders[0], runs[0]
     for other, (c, _) in zip(folders, runs, strict=True):
         if (channels(c), c.canvas, c.max_steps) != (channels(cfg), cfg.canvas, cfg.max_steps):

@@ -1,4 +1,7 @@
-"""Scores that several papers share. Host arrays in, host numbers out."""
+"""Scores that several papers share. Host arrays in, host numbers out.
+
+Dimension key: B scenes, K true boxes, H W pixels, size the larger number of boxes.
+"""
 
 from itertools import permutations
 

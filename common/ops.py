@@ -5,7 +5,7 @@
 
 `p` maps names to weights, `g` to their gradients. Pieces without weights take no `p`, and their
 `back` no `g`. Nothing here writes into an argument but into `g`.
-Dimension key: B rows, I inputs, O outputs, H hidden units, K latent dimensions.
+Dimension key: B rows, I inputs, O outputs, H hidden units, K latent dimensions, D all pixels.
 """
 
 import math

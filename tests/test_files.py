@@ -182,3 +182,10 @@ def test_resize_preserves_shape_mean_and_constants(shape, size, want, rng):
 def test_resize_to_half_is_the_mean_of_four(rng):
     a = rng.random((6, 4, 2))
     np.testing.assert_allclose(resize(a, 3), a.reshape(3, 2, 2, 2, 2).mean((1, 3)), rtol=1e-5)
+
+
+def test_boxes_come_back_in_the_files_own_pixels(tmp_path):
+    image = np.zeros((20, 40, 3), np.uint8)             # becomes 4 x 8, in rows 2 to 5 of 8 x 8
+    imageio.imwrite(tmp_path / "wide.png", image)
+    _, to_picture = read_picture(tmp_path / "wide.png", 8, 1)
+    assert to_picture([0, 2, 8, 6]) == [0, 0, 40, 20] and to_picture([1, 3, 2, 4]) == [5, 5, 10, 10]
