@@ -4,7 +4,7 @@ SCRIPT ?= air_multimnist
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train figures bench results table clean
+.PHONY: help setup test lint train figures bench results showcase table clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bench:  ## Time the scripts beside the same models in PyTorch
 
 results:  ## Run what the README's tables rest on (an hour on two cores)
 	$(PYTHON) -m bench.results $(SCRIPT)
+
+showcase:  ## Draw and collect the committed figures, GIF and weights from those runs
+	$(PYTHON) -m bench.results $(SCRIPT) --showcase
 
 table:  ## Write the README's result tables from the committed metrics
 	$(PYTHON) -m viz.table README.md

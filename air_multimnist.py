@@ -103,6 +103,8 @@ PRESETS = {
     "paper": {"estimator": "nvil", "steps": 200_000, "lr": 1e-4, "lr_floor": 1.0,
               "baseline_lr": 10.0, "temperature": 1.0, "temperature_steps": 0,
               "prior_first": 5.0, "prior": 5.0, "eval_every": 2000},
+    "air32": {"layout": "overlap", "canvas": 32, "digit_low": 12, "digit_high": 18, "glimpse": 16,
+              "prior_first": 2.0, "prior": 3.0},
     "reduction": {"model": "heads", "estimator": "relaxed", "layout": "overlap", "canvas": 32,
                   "digit_low": 12, "digit_high": 18, "glimpse": 16, "hidden": 100, "what": 20,
                   "std": 0.5**0.5, "kl_weight": 0.05, "presence_weight": 0.3, "batch_size": 32,

@@ -2,6 +2,7 @@
 
     python -m bench.results air_multimnist                      everything: an hour on two cores
     python -m bench.results air_multimnist default nvil         only these rows
+    python -m bench.results air_multimnist --showcase           figures and weights from those runs
     SCENES_DATA=... python -m bench.results ...                 with the real MNIST
 
 results/<script>/runs.json names the commands and their seeds; each record is appended as a line to
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +28,12 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script")
     parser.add_argument("rows", nargs="*", help="all by default")
+    parser.add_argument("--showcase", action="store_true",
+                        help="draw and collect what results/<script>/showcase.json lists")
     args = parser.parse_args()
     folder = Path("results") / args.script
+    if args.showcase:
+        return showcase(folder)
     table, records = json.loads((folder / "runs.json").read_text()), folder / "runs.jsonl"
     lines = records.read_text().splitlines() if records.exists() else []
     done = {(r["row"], r["seed"]) for r in map(json.loads, lines)}
@@ -40,6 +46,16 @@ def main():
                 f.write(json.dumps(record) + "\n")
             print(json.dumps({k: record.get(k) for k in ("row", "seed", "count_accuracy", "elbo",
                                                         "train_seconds", "peak_mb")}), flush=True)
+
+
+def showcase(folder):
+    """Draw what the list says, then copy its files beside it."""
+    listed = json.loads((folder / "showcase.json").read_text())
+    for command in listed["commands"]:
+        subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
+    for name, source in listed["files"].items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, folder / name)
 
 
 def measure(command):
