@@ -329,7 +329,7 @@ def test_two_processes_train_as_one(tmp_path):
     ("--counts", "expected at least one argument"),
     ("--threads 0", "argument --threads: 0 is below 1"),
     ("--threads two", "argument --threads: invalid int value: 'two'"),
-    ("--rates 0.5 1.5", "argument --rates: 1.5 is above 1.0"),
+    ("--rates 0.5 1.5", "argument --rates: 1.5 is above 0.999"),
     ("--std 0", "argument --std: 0 is below 0.001"),
     ("--seed 1e3", "argument --seed: invalid int value"),
     ("evaluate --hidden 3", "unrecognized arguments: --hidden 3"),
