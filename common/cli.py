@@ -105,7 +105,7 @@ def run_train(parser, words, script, Config, presets, train):
     say(f"run folder: {folder}")
     metrics = train(cfg, run)
     return {**about, "run": folder, "seed": args.seed, "steps": cfg.steps,
-            "train_seconds": round(run.seconds, 1), **metrics}
+            "train_seconds": round(run.seconds, 2), **metrics}
 
 
 def run_evaluate(parser, words, script, Config, adjustable, evaluate):
