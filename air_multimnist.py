@@ -391,11 +391,12 @@ def exact(p, cfg, x, traces, noise, weights):
     """Eq. 8 with the expectation over n written out.
 
     E_n = log p(x | n) - sum_{i<=n} KL_i + log p(n);  bound = sum_n q(n) (E_n - T log q(n)).
-    With A_n = q(n) (E_n - T log q(n)), and since dq(n)/dl_i is q(n) (1 - p_i) for n >= i,
-    -q(n) p_i for n = i - 1, and 0 below:  dbound/dl_i = (1 - p_i) sum_{n>=i} A_n - p_i A_{i-1}
-    (the derivative of log q itself adds -T sum_n dq(n)/dl_i = 0). No z_pres is sampled, so no score
-    function is needed; z_where and z_what of step i are drawn given that i objects are there, which
-    is the case in all terms n >= i, the only ones where they appear: the estimate is unbiased.
+    With p_i = sigmoid(l_i), A_n = q(n) (E_n - T log q(n)), and since dq(n)/dl_i is q(n) (1 - p_i)
+    for n >= i, -q(n) p_i for n = i - 1, and 0 below:
+    dbound/dl_i = (1 - p_i) sum_{n>=i} A_n - p_i A_{i-1}  (the derivative of log q itself adds
+    -T sum_n dq(n)/dl_i = 0). No z_pres is sampled, so no score function is needed; z_where and
+    z_what of step i are drawn given that i objects are there, which is the case in all terms
+    n >= i, the only ones where they appear: the estimate is unbiased.
     """
     B, T = len(x), weights.temperature
     logits = xp.stack([t.logit for t in traces])                    # (N, B)
@@ -736,7 +737,7 @@ def frames(folder):
 
 
 def prior_samples(p, cfg, count, rng):
-    """Scenes from the generative model: n ~ p(n) without the empty ones, z ~ N(0, 1)."""
+    """Scenes from the generative model: n uniform from 1 to the most objects, z ~ N(0, 1)."""
     n = rng.integers(1, max(1, *cfg.counts) + 1, count)             # (count,)
     y = xp.zeros((count, channels(cfg), cfg.canvas, cfg.canvas), xp.float32)
     for i in range(n.max()):

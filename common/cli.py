@@ -173,7 +173,8 @@ def add_fields(parser, Config, presets, names):
         if f.name not in names:
             continue
         others = [f"{name}: {plain(p[f.name])}" for name, p in presets.items() if f.name in p]
-        notes = "; ".join([f"default {plain(f.default)}", *others])
+        usual = f"default {plain(f.default)}" if presets else "default: as trained"
+        notes = "; ".join([usual, *others])
         flag, text = "--" + f.name.replace("_", "-"), f"{meta['help']} ({notes})".replace("%", "%%")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
