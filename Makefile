@@ -35,8 +35,8 @@ results:  ## Run what the README's tables rest on (an hour on two cores)
 showcase:  ## Draw and collect the committed figures, GIF and weights from those runs
 	$(PYTHON) -m bench.results $(SCRIPT) --showcase
 
-table:  ## Write the README's result tables from the committed metrics
-	$(PYTHON) -m viz.table README.md
+table:  ## Write the result tables from the committed metrics
+	$(PYTHON) -m viz.table README.md results/*/README.md
 
 clean:  ## Delete caches (runs/ stays)
 	rm -rf .pytest_cache .ruff_cache

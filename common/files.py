@@ -1,4 +1,7 @@
-"""What users bring: scene files and pictures, checked before any model sees them."""
+"""What users bring: scene files, pictures and videos, checked before any model sees them."""
+
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -73,13 +76,7 @@ def read_picture(path, size, channels):
         raise Fail(f"no such file: {path}") from None
     except Exception as e:  # imageio raises whatever its many readers raise
         raise Fail(f"{path} is not a picture that can be read ({type(e).__name__})") from None
-    if a.ndim == 2:
-        a = a[..., None]
-    if a.ndim != 3 or 0 in a.shape:
-        raise Fail(f"{path} is not a picture: its shape is {a.shape}")
-    a = a.astype(np.float32) / np.iinfo(a.dtype).max if a.dtype.kind == "u" else as_picture(a, path)
-    if a.shape[2] in (2, 4):                                        # transparency over black
-        a = a[..., :-1] * a[..., -1:]
+    a = opaque(a, path)
     if channels == 1:
         a = a.mean(2, keepdims=True)
     elif a.shape[2] == 1:
@@ -98,6 +95,75 @@ def read_picture(path, size, channels):
         return ((np.asarray(box) - [left, top, left, top]) * zoom).round(2).tolist()
 
     return np.moveaxis(out, 2, 0), to_picture
+
+
+def opaque(a, path):
+    """Pixels as a reader gives them as (h, w, 1 or 3) float32 in [0, 1], transparent ones black."""
+    if a.ndim == 2:
+        a = a[..., None]
+    if a.ndim != 3 or 0 in a.shape:
+        raise Fail(f"{path} is not a picture: its shape is {a.shape}")
+    a = a.astype(np.float32) / np.iinfo(a.dtype).max if a.dtype.kind == "u" else as_picture(a, path)
+    return a[..., :-1] * a[..., -1:] if a.shape[2] in (2, 4) else a
+
+
+def read_video(path, size):
+    """A GIF, a video file, or a folder of pictures: a frame each, sorted by the numbers in names.
+
+    Returns its frames (T, h, w, 3) uint8; these as (T, 1, size, size) float32 for a model that
+    knows white on black (as `read_picture` does it, and all frames alike); and a function from
+    boxes (.., 4) on the latter to boxes in the video's own pixels.
+    """
+    path = Path(path)
+    files = in_order(path) if path.is_dir() else [path]
+    frames = [(file, frame) for file in files for frame in read_frames(file)]
+    if not frames:
+        raise Fail(f"{path} holds no frames")
+    (first, one), *_ = frames
+    for file, frame in frames:
+        if frame.shape != one.shape:
+            raise Fail(f"{file} has {frame.shape[1]} x {frame.shape[0]} pixels, but {first} has "
+                       f"{one.shape[1]} x {one.shape[0]}: all frames must be of one size")
+    frames = np.stack([frame for _, frame in frames])
+    grey = frames.mean(3, dtype=np.float32, keepdims=True) / 255
+    small = np.stack([resize(frame, size) for frame in grey])[..., 0]
+    T, h, w = small.shape
+    edges = [small[:, 0], small[:, -1], small[..., 0], small[..., -1]]
+    border = np.median(np.concatenate(edges, 1))
+    if border > 0.5:
+        small, border = 1 - small, 1 - border
+    images = np.full((T, 1, size, size), border, np.float32)
+    top, left = (size - h) // 2, (size - w) // 2
+    images[:, 0, top:top + h, left:left + w] = small
+
+    def to_video(boxes):
+        return (boxes - np.array([left, top, left, top])) * (max(one.shape[:2]) / size)
+
+    return frames, images, to_video
+
+
+def in_order(folder):
+    """The files of a folder, 2.png ahead of 10.png."""
+    def parts(file):
+        return [(0, int(s), "") if s.isdecimal() else (1, 0, s)
+                for s in re.split(r"([0-9]+)", file.name)]
+
+    return sorted((f for f in folder.iterdir() if f.is_file() and f.name[0] != "."), key=parts)
+
+
+def read_frames(path):
+    """The frames of a file, each (h, w, 3) uint8."""
+    import imageio.v3 as imageio
+
+    try:
+        frames = list(imageio.imiter(path))
+    except FileNotFoundError:
+        raise Fail(f"no such file: {path}") from None
+    except Exception as e:  # imageio raises whatever its many readers raise
+        raise Fail(f"{path} cannot be read as picture or video ({type(e).__name__}): use a GIF or "
+                   "a folder of pictures, or install imageio[pyav] for other formats") from None
+    light = (opaque(np.asarray(a), path) for a in frames)
+    return [np.broadcast_to((255 * a).round().astype(np.uint8), (*a.shape[:2], 3)) for a in light]
 
 
 def resize(a, size):

@@ -47,10 +47,19 @@ def tanh(x):
 
 
 def elu(x):
-    y = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0)))
+    y = xp.maximum(x, xp.expm1(xp.minimum(x, 0)))
 
     def back(dy):
-        return dy * xp.where(y > 0, 1, y + 1)
+        return dy * xp.minimum(y + 1, 1)
+
+    return y, back
+
+
+def leaky_relu(x, slope=0.1):
+    y = xp.maximum(x, slope * x)
+
+    def back(dy):
+        return xp.where(y > 0, dy, slope * dy)
 
     return y, back
 
@@ -136,6 +145,27 @@ def rnn(p, name, x, h, act=tanh):
         return dx, dh
 
     return y, back
+
+
+def gru(p, name, x, h):
+    """Cho et al.'s cell, h' = (1 - u) h + u n; weights of update, reset, new side by side."""
+    H = h.shape[1]
+    a, back_a = linear(p, name + ".x", x)               # (B, 3H)
+    b, back_b = linear(p, name + ".h", h)               # (B, 3H)
+    gates = logistic(a[:, :2 * H] + b[:, :2 * H])       # (B, 2H)
+    u, r = gates[:, :H], gates[:, H:]                   # (B, H), (B, H)
+    n = xp.tanh(a[:, 2 * H:] + r * b[:, 2 * H:])        # (B, H)
+    h_new = h + u * (n - h)                             # (B, H)
+
+    def back(dh_new, g):
+        dn = dh_new * u * (1 - n * n)
+        dgates = xp.concatenate([dh_new * (n - h), dn * b[:, 2 * H:]], 1) * gates * (1 - gates)
+        dh = dh_new * (1 - u)
+        dh = dh + back_b(xp.concatenate([dgates, dn * r], 1), g)
+        dx = back_a(xp.concatenate([dgates, dn], 1), g)
+        return dx, dh
+
+    return h_new, back
 
 
 def lstm(p, name, a, x, h, c):

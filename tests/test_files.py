@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from common.errors import Fail
-from common.files import as_picture, read_picture, read_scenes, resize
+from common.files import as_picture, read_picture, read_scenes, read_video, resize
+from common.metrics import ink_boxes
 
 AXES = {"images": ("N", 6, 6), "counts": ("N",), "boxes": ("N", "K", 4)}
 IMAGES, COUNTS = np.zeros((3, 6, 6), np.uint8), np.array([0, 1, 2])
@@ -189,3 +190,89 @@ def test_boxes_come_back_in_the_files_own_pixels(tmp_path):
     imageio.imwrite(tmp_path / "wide.png", image)
     _, to_picture = read_picture(tmp_path / "wide.png", 8, 1)
     assert to_picture([0, 2, 8, 6]) == [0, 0, 40, 20] and to_picture([1, 3, 2, 4]) == [5, 5, 10, 10]
+
+
+# ---------------------------------------------------------------- videos
+
+def square(frames=5, shape=(20, 40), paper=0):
+    """A square that moves to the right by 4 pixels a frame."""
+    video = np.full((frames, *shape), paper, np.uint8)
+    for t in range(frames):
+        video[t, 5:9, 5 + 4 * t:9 + 4 * t] = 255 - paper
+    return video
+
+
+def save_folder(folder, video, name="{}.png"):
+    folder.mkdir()
+    for t, frame in enumerate(video):
+        imageio.imwrite(folder / name.format(t), frame)
+    return folder
+
+
+@pytest.mark.parametrize("paper", [0, 255])
+def test_a_gif_and_a_folder_are_the_same_video(tmp_path, paper):
+    video = square(12, (20, 60), paper)                             # 10.png comes after 9.png
+    imageio.imwrite(tmp_path / "a.gif", video)
+    for path in (tmp_path / "a.gif", save_folder(tmp_path / "frames", video)):
+        frames, images, to_video = read_video(path, 20)
+        np.testing.assert_array_equal(frames, video[..., None].repeat(3, 3))
+        assert frames.dtype == np.uint8 and images.dtype == np.float32
+        assert images.shape == (12, 1, 20, 20) and images[:, :, :6].max() == 0
+        boxes = to_video(ink_boxes(images, 0.05))                   # a pixel is 3 of the video's
+        true = ink_boxes(square(12, (20, 60))[:, None], 0)
+        assert boxes.shape == (12, 4) and abs(boxes - true).max() <= 3
+
+
+def test_frames_in_the_middle_keep_their_own_pixels(tmp_path, rng):
+    video = (square(3, (16, 16)) * 0.3).astype(np.uint8)
+    imageio.imwrite(tmp_path / "a.gif", video)
+    _, images, to_video = read_video(tmp_path / "a.gif", 16)
+    np.testing.assert_allclose(images[:, 0], video / 255, atol=1e-6)
+    assert to_video(np.array([[1.0, 2, 3, 4]])).tolist() == [[1, 2, 3, 4]]
+    assert np.isnan(to_video(np.full((3, 2, 4), np.nan))).all()
+
+
+def test_all_frames_are_turned_dark_together(tmp_path):
+    video = square(6, (10, 10), 255)
+    video[2] = 0                                                    # dark among bright ones
+    _, images, _ = read_video(save_folder(tmp_path / "a", video), 10)
+    np.testing.assert_allclose(images[:, 0], 1 - video / 255, atol=1e-6)
+
+
+def test_transparent_grey_and_deep_frames_are_understood(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    pixels = np.full((8, 8, 4), 200, np.uint8)
+    pixels[..., 3] = 51
+    imageio.imwrite(folder / "0.png", pixels)
+    imageio.imwrite(folder / "1.png", np.full((8, 8), 40, np.uint8))
+    imageio.imwrite(folder / "2.png", np.full((8, 8), 40 * 257, np.uint16))
+    imageio.imwrite(folder / "3.png", np.full((8, 8, 3), 40, np.uint8))
+    assert (read_video(folder, 8)[0] == 40).all()
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path):
+    imageio.imwrite(tmp_path / "a.png", square(1)[0])
+    assert read_video(tmp_path / "a.png", 20)[1].shape == (1, 1, 20, 20)
+
+
+def test_bad_videos_get_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden.png").write_bytes(b"")
+    sizes = save_folder(tmp_path / "sizes", square(3))
+    imageio.imwrite(sizes / "9.png", np.zeros((20, 41), np.uint8))
+    mixed = save_folder(tmp_path / "mixed", square(2))
+    (mixed / "notes.txt").write_text("no picture", encoding="utf-8")
+    (tmp_path / "text.gif").write_text("no video", encoding="utf-8")
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(500))
+    imageio.imwrite(tmp_path / "whole.gif", square())
+    torn = (tmp_path / "whole.gif").read_bytes()
+    (tmp_path / "torn.gif").write_bytes(torn[:len(torn) // 2])
+    for name, says in (("empty", "empty holds no frames"), ("none.gif", "no such file"),
+                       ("sizes", "9.png has 41 x 20 pixels, but .*0.png has 40 x 20"),
+                       ("mixed", "notes.txt cannot be read as picture or video"),
+                       ("text.gif", "cannot be read"), ("torn.gif", "cannot be read"),
+                       ("a.mp4", "a folder of pictures, or install")):
+        with pytest.raises(Fail, match=says) as e:
+            read_video(tmp_path / name, 20)
+        assert "\n" not in str(e.value)

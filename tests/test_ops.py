@@ -26,6 +26,7 @@ def weights(rng, **shapes):
 ACTIVATIONS = {
     "relu": (ops.relu, [0]),
     "elu": (ops.elu, [0]),
+    "leaky_relu": (ops.leaky_relu, [0]),
     "sigmoid": (ops.sigmoid, []),
     "tanh": (ops.tanh, []),
     "identity": (ops.identity, []),
@@ -85,6 +86,12 @@ def test_lstm(rng):
     p = weights(rng, l_x_W=(3, 16), l_x_b=(16,), l_h_W=(4, 16))
     inputs = [rng.standard_normal((5, n)) for n in (16, 3, 4, 4)]
     assert pullback_error(lambda *inputs: ops.lstm(p, "l", *inputs), inputs, p) < BOUND
+
+
+def test_gru(rng):
+    p = weights(rng, r_x_W=(3, 12), r_x_b=(12,), r_h_W=(4, 12), r_h_b=(12,))
+    x, h = rng.standard_normal((5, 3)), rng.standard_normal((5, 4))
+    assert pullback_error(lambda x, h: ops.gru(p, "r", x, h), [x, h], p) < BOUND
 
 
 DISTRIBUTIONS = {

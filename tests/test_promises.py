@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 
 import air_multimnist as air
-from common import cli, data, scenes, store
+from common import data, scenes, store
 from common.params import Params
 from common.store import read_npz, save_weights
 
 ROOT = Path(air.__file__).parent
 SCRIPT = ROOT / "air_multimnist.py"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALONE = {k: v for k, v in os.environ.items() if k != "SCENES_DATA"}
 ALONE |= {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 NET = "--canvas 24 --glimpse 8 --hidden 16 --what 4 --units 16 --eval-scenes 8 --test-scenes 20"
@@ -497,40 +496,6 @@ def test_a_full_disk(tmp_path, refused, name):
         (tmp_path / "run" / name).symlink_to("/dev/full")
     refused(f"cannot write .*{name}: No space left on device", *TINY, "--data", "sprites",
             "--out", tmp_path / "run")
-
-
-# ---------------------------------------------------------------- the README
-
-class Accepted(BaseException):
-    """The words were understood."""
-
-
-COMMANDS = {*re.findall(r"python air_multimnist\.py((?: [^\s`]+)*)", README),
-            *re.findall(r"`((?:evaluate|infer|figures|--)[^`\s]* [^`]+)`", README)}
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_commands_of_the_readme_are_understood(shell, monkeypatch, command):
-    def accept(*args, **options):
-        raise Accepted
-
-    for place, name in ((cli, "Run"), (cli, "load_weights"), (store, "load_weights")):
-        monkeypatch.setattr(place, name, accept)
-    with pytest.raises(Accepted):
-        print(shell(*command.replace(" N", " 2").replace("...", "").split()))
-
-
-def test_the_readme_names_what_there_is(shell):
-    helps = " ".join(shell(*words, "--help")[1] for words in ([], ["evaluate"], ["infer"],
-                                                              ["figures"]))
-    spans = [s for s in re.findall(r"`([^`\n]+)`", README) if not s.startswith("python -m")]
-    for flag in {flag for s in spans for flag in re.findall(r"--[a-z][a-z-]+", s)}:
-        assert flag in helps, flag
-    for name in air.PRESETS:
-        assert f"`{name}`" in README, name
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (\w+)", README):
-        assert f"\n{target}:" in makefile, target
 
 
 @pytest.mark.parametrize("preset", air.PRESETS)

@@ -1,8 +1,8 @@
 """The README's result tables, made from the records that the scripts left under results/.
 
     python -m viz.table                     print every table
-    python -m viz.table README.md           rewrite what stands between <!-- table:NAME --> and
-                                            <!-- end -->
+    python -m viz.table README.md ..        rewrite what stands between <!-- table:NAME --> and
+                                            <!-- end -->, from the results/ beside or above it
     python -m viz.table README.md --check   exit with 1 if that would change anything
 
 A record is a line of results/<script>/*.jsonl. results/<script>/tables.json says what to show:
@@ -93,28 +93,33 @@ def main(argv=None):
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m viz.table", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readme", nargs="?", type=Path, help="a Markdown file beside results/")
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files beside or in results/")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     args = parser.parse_args(argv)
     try:
-        if args.readme is None:
+        if not args.pages:
             for name, table in tables("results").items():
                 print(f"{name}\n\n{table}")
-            return 0
-        if not args.readme.is_file():
-            raise Fail(f"no file {args.readme}")
-        old = args.readme.read_text(encoding="utf-8")
-        new = rewrite(old, tables(args.readme.parent / "results"))
+        return max([bring_up_to_date(page, args.check) for page in args.pages], default=0)
     except Fail as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if args.check:
-        if new != old:
-            print(f"{args.readme} differs from results/: python -m viz.table {args.readme}",
-                  file=sys.stderr)
-        return int(new != old)
-    write_text(args.readme, new)
-    return 0
+
+
+def bring_up_to_date(page, check):
+    """Rewrite one page; or only say whether that would change it (1) or not (0)."""
+    if not page.is_file():
+        raise Fail(f"no file {page}")
+    root = next((d for d in page.resolve().parents if (d / "results").is_dir()), None)
+    if root is None:
+        raise Fail(f"{page} has no results/ beside or above it")
+    old = page.read_text(encoding="utf-8")
+    new = rewrite(old, tables(root / "results"))
+    if not check:
+        write_text(page, new)
+    elif new != old:
+        print(f"{page} differs from results/: python -m viz.table {page}", file=sys.stderr)
+    return int(check and new != old)
 
 
 if __name__ == "__main__":
