@@ -1,14 +1,27 @@
-"""One training step of AIR beside the same step in PyTorch, on this machine, side by side.
+"""One training step of a script beside the same step in PyTorch, on this machine, side by side.
 
-    python -m bench.speed                       2 threads, batch 64: prints, and appends the table
-    python -m bench.speed --device gpu --batch 64 1024      to results/air_multimnist/speed.jsonl
+    python -m bench.speed                       AIR, 2 threads, batch 64: prints, and appends
+    python -m bench.speed sqair_moving          to results/<script>/speed.jsonl
+    python -m bench.speed sqair_moving --task infer         frames a second, latents at their means
+    python -m bench.speed --device gpu --batch 64 1024
     python -m bench.speed --startup             seconds until the first update, cold and warm
 
 Every contender lives in a process of its own, with the thread settings that suit it, and sleeps
-while the others work; blocks of steps alternate, and medians are compared.
+while the others work; blocks of steps alternate, and medians are compared. Records also hold the
+least of each: what is left of a step when the machine has something else to do now and then. One
+thread is timed by the processor's time, which other programs do not take away; more are by the
+clock on the wall.
+
+A script takes part with a function in SETTINGS below (the arguments of its `objective`) and with
+its twin, `bench/twin_<first word of its name>.py`, which offers in PyTorch
+
+    objective(p, cfg, x, noise, weights)    the loss, whose `backward` is the other half of a step
+    compiled()                              the same, compiled; without it torch.compile(objective)
+    infer(p, cfg, x)                        only for `--task infer`
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -16,131 +29,203 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-RESULTS = Path("results/air_multimnist/speed.jsonl")
 CONTENDERS = ("ours", "torch eager", "torch compile")
-BLOCKS, BLOCK = 10, 10
+BLOCKS, BLOCK, WARM = 10, 10, 20
+
+
+# ---------------------------------------------------------------- what is timed
+
+def air_setting(air, cfg):
+    from common.scenes import sprites
+
+    x = sprites(0, 0, cfg.batch_size).images.sum(1, keepdims=True)
+    return x, air.draw_noise(cfg, cfg.batch_size, 0, 0)
+
+
+def sqair_setting(sqair, cfg, frames=5):
+    """Five frames are what most updates see."""
+    from common import data
+
+    glyphs = data.digits("train", None, drawn=True)
+    videos = sqair.draw_videos(cfg, glyphs, 0, 0, cfg.batch_size, frames)
+    return videos.images, sqair.draw_noise(cfg, frames, cfg.batch_size, 0, 0)
+
+
+def iodine_setting(iodine, cfg):
+    x = iodine.draw_scenes(cfg, 0, 0, cfg.batch_size).images
+    return x, iodine.draw_noise(cfg, cfg.batch_size, cfg.iterations, 0, 0)
+
+
+def depth_setting(depth, cfg):
+    x = depth.draw_scenes(cfg, 0, 0, cfg.batch_size).images
+    return x, depth.draw_noise(cfg, cfg.batch_size, 0, 0)
+
+
+SETTINGS = {"air_multimnist": air_setting, "sqair_moving": sqair_setting,
+            "iodine_tetris": iodine_setting, "depth_scene": depth_setting}
+
+
+def setting(name, batch):
+    """Script, config, weights, scenes, noise and schedule of its default run."""
+    import numpy as np
+
+    from common.params import Params
+
+    script = importlib.import_module(name)
+    cfg = script.Config(batch_size=batch) if batch else script.Config()
+    p = Params(script.init(cfg, 0))
+    if name == "sqair_moving":
+        p["head.b"][0] = 0          # finds one object a video, as a trained one does, and not three
+    x, noise = SETTINGS[name](script, cfg)
+    return script, cfg, p, x.astype(np.float32), noise, script.schedule(cfg, 9)
+
+
+def ten_frames(script, cfg):
+    """What `--task infer` reads."""
+    return sqair_setting(script, cfg, cfg.frames)[0]
 
 
 # ---------------------------------------------------------------- contenders: a function each
 
-def setting(batch):
-    """Config, weights, scenes, noise and schedule of the default run, half-way."""
-    import numpy as np
-
-    import air_multimnist as air
-    from common.params import Params
-    from common.scenes import sprites
-
-    cfg = air.Config(batch_size=batch)
-    x = sprites(0, 0, batch).images.sum(1, keepdims=True).astype(np.float32)
-    return cfg, Params(air.init(cfg, 0)), x, air.draw_noise(cfg, batch, 0, 0), air.schedule(cfg, 9)
-
-
-def ours(batch):
-    import air_multimnist as air
+def ours(args):
     from common.backend import DEVICE, to_device, xp
     from common.optim import Optimiser
 
-    cfg, p, x, noise, weights = setting(batch)
-    g, adam, t, x = p.grads(), Optimiser(p), 0, to_device(x)
+    script, cfg, p, x, noise, weights = setting(args.script, args.batch[0])
+    if args.task == "infer":
+        videos = ten_frames(script, cfg)
+        return lambda: script.infer_videos(p, cfg, videos), videos
+    g, adam, t, images = p.grads(), Optimiser(p), 0, to_device(x)
 
     def step():
         nonlocal t
         t += 1
         g.zero()
-        _, back = air.objective(p, cfg, x, noise, weights)
+        *_, back = script.objective(p, cfg, images, noise, weights)
         back(g)
         adam.update(g, 1e-6, t)
         if DEVICE == "gpu":
             xp.cuda.Device().synchronize()
 
-    return step
+    return step, x
 
 
-def torch_step(batch, device, compiled):
+def tensors(a, device):
+    """Noise comes as an array, or as some in a list or under names."""
     import torch
 
-    from bench import twin_air
+    from common.backend import to_host
 
-    cfg, p, x, noise, weights = setting(batch)
+    if isinstance(a, list):
+        return [tensors(each, device) for each in a]
+    if isinstance(a, SimpleNamespace):
+        return SimpleNamespace(**{name: tensors(each, device) for name, each in vars(a).items()})
+    return torch.tensor(to_host(a), device=device)
+
+
+def torch_contender(args):
+    import torch
+
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    theirs = {k: torch.tensor(a, device=device, requires_grad=True) for k, a in p.items()}
-    x = torch.tensor(x, device=device)
-    for name, a in vars(noise).items():
-        setattr(noise, name, torch.tensor(a, device=device))
+    device = "cuda" if args.device == "gpu" else "cpu"
+    twin = importlib.import_module("bench.twin_" + args.script.split("_")[0])
+    script, cfg, p, x, noise, weights = setting(args.script, args.batch[0])
+    theirs = {k: torch.tensor(a, device=device, requires_grad=True) for k, a in p.host().items()}
+    if args.task == "infer":
+        videos = ten_frames(script, cfg)
+        return lambda: twin.infer(theirs, cfg, torch.tensor(videos, device=device)), videos
+    images, noise = torch.tensor(x, device=device), tensors(noise, device)
     adam = torch.optim.Adam(theirs.values(), lr=1e-6, fused=True)
-    run = torch.compile(twin_air.objective) if compiled else twin_air.objective
+    run = twin.objective
+    if args.work == "torch compile":
+        run = twin.compiled() if hasattr(twin, "compiled") else torch.compile(twin.objective)
 
     def step():
         adam.zero_grad(set_to_none=True)
-        run(theirs, cfg, x, noise, weights).backward()
+        run(theirs, cfg, images, noise, weights).backward()
         adam.step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return step, x
 
 
 def work(args):
     """A contender: for every line on stdin, a block of steps, and their seconds on stdout."""
-    if args.work == "ours":
-        step = ours(args.batch[0])
-    else:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        device = "cuda" if args.device == "gpu" else "cpu"
-        step = torch_step(args.batch[0], device, args.work == "torch compile")
-    for _ in range(20):
+    alone = args.threads == 1 and args.device == "cpu"
+    clock = time.process_time if alone else time.perf_counter
+    start = time.perf_counter()
+    step, x = (ours if args.work == "ours" else torch_contender)(args)
+    step()
+    first = time.perf_counter() - start
+    for _ in range(WARM):
         step()
+    report = {"batch": len(x), "images": len(x) * (x.shape[1] if x.ndim == 5 else 1),
+              "first": first}
     if args.work == "ours" and args.device == "cpu":
-        print(json.dumps(share_of_products(step)), flush=True)
-    else:
-        print("{}", flush=True)
+        report["spent"] = time_in_kernels(step, clock)
+    print(json.dumps(report), flush=True)
     for _ in sys.stdin:
         seconds = []
         for _ in range(BLOCK):
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         print(json.dumps(seconds), flush=True)
 
 
-def share_of_products(step, steps=60):
+KERNELS = {
+    "matrix products": ["backend.gemm"],
+    "convolutions": ["conv_kernels." + name for name in
+                     "conv_forward conv_back_x conv_back_w activate act_back".split()],
+    "LSTM gates": ["kernels.lstm_gates", "kernels.lstm_gates_back"],
+    "windows, forward": ["kernels.warp"], "windows, backward": ["kernels.warp_back"],
+    "mixture": ["mixture.mixture"],
+    "layers": ["compose._order_errors", "compose._order_errors_back", "compose.run"],
+    "queued gradients joined": ["params.join"], "Adam": ["kernels.adam"],
+}
+
+
+def time_in_kernels(step, clock, steps=40):
     """Milliseconds a step in matrix products, in each kernel, and in all the rest (medians)."""
     import numpy as np
 
-    from common import kernels, ops, optim, params, sampler
-
     spent = {}
 
-    def timed(name, f):
+    def timed(label, f):
         def g(*args, **kwargs):
-            start = time.perf_counter()
+            start = clock()
             y = f(*args, **kwargs)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+            spent[label] = spent.get(label, 0.0) + clock() - start
             return y
         return g
 
-    places = [(ops, "gemm", "matrix products"), (params, "gemm", "matrix products"),
-              (sampler, "warp", "windows, forward"), (sampler, "warp_back", "windows, backward"),
-              (ops, "lstm_gates", "LSTM gates"), (ops, "lstm_gates_back", "LSTM gates"),
-              (optim, "adam", "Adam"), (params, "join", "queued gradients joined")]
-    kept = [(module, name, getattr(module, name)) for module, name, _ in places]
-    for module, name, label in places:
-        setattr(module, name, timed(label, getattr(module, name)))
+    labels = {}
+    for label, places in KERNELS.items():
+        for place in places:
+            module, name = place.split(".")
+            labels[getattr(importlib.import_module("common." + module), name)] = label
+    users = [module for name, module in sys.modules.items()
+             if name.startswith("common.") or name in SETTINGS]
+    kept = [(module, name, f) for module in users for name, f in vars(module).items()
+            if callable(f) and getattr(f, "__hash__", None) and f in labels]
+    for module, name, f in kept:
+        setattr(module, name, timed(labels[f], f))
     rows = []
     for _ in range(steps):
         spent.clear()
-        start = time.perf_counter()
+        start = clock()
         step()
-        total = time.perf_counter() - start
+        total = clock() - start
         rows.append({**spent, "elementwise NumPy and Python": total - sum(spent.values())})
     for module, name, f in kept:
         setattr(module, name, f)
-    assert kernels.DEVICE == "cpu"
-    return {k: round(1e3 * float(np.median([r[k] for r in rows])), 3) for k in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: round(1e3 * float(np.median([row.get(name, 0.0) for row in rows])), 3)
+            for name in names}
 
 
 # ---------------------------------------------------------------- the race
@@ -150,15 +235,16 @@ def race(batch, args):
 
     from bench.results import machine
 
-    racers, parts = {}, {}
-    for name in CONTENDERS:
-        words = [sys.executable, "-m", "bench.speed", "--work", name, "--batch", str(batch),
-                 "--threads", str(args.threads), "--device", args.device]
+    racers, reports = {}, {}
+    for name in CONTENDERS[:2] if args.task == "infer" else CONTENDERS:
+        words = [sys.executable, "-m", "bench.speed", args.script, "--work", name, "--batch",
+                 str(batch), "--threads", str(args.threads), "--device", args.device, "--task",
+                 args.task]
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         racers[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True, env=env)
-        parts[name] = json.loads(racers[name].stdout.readline() or "null")
-    seconds = {name: [] for name, found in parts.items() if found is not None}
+        reports[name] = json.loads(racers[name].stdout.readline() or "null")
+    seconds = {name: [] for name, report in reports.items() if report}
     for _ in range(BLOCKS):
         for name in seconds:
             racers[name].stdin.write("go\n")
@@ -166,29 +252,35 @@ def race(batch, args):
             seconds[name] += json.loads(racers[name].stdout.readline())
     for racer in racers.values():
         racer.kill()
-    record = {"row": f"step, batch {batch}, {args.device}", "threads": args.threads,
-              "machine": machine(), "command": " ".join(["python -m bench.speed", *sys.argv[1:]])}
+    found = reports["ours"]
+    record = {"row": f"{args.task}, batch {found['batch']}, {args.device}",
+              "threads": args.threads, "machine": machine(),
+              "command": " ".join(["python -m bench.speed", *sys.argv[1:]])}
     for name, times in seconds.items():
         record[name + " ms"] = round(1e3 * float(np.median(times)), 2)
-        record[name + " images/s"] = round(batch / float(np.median(times)))
+        record[name + " least ms"] = round(1e3 * min(times), 2)
+        record[name + " images/s"] = round(found["images"] / float(np.median(times)))
+        record[name + " first s"] = round(reports[name]["first"], 1)
         if name != "ours":
             record["ours / " + name] = round(np.median(seconds["ours"]) / np.median(times), 3)
-    if parts["ours"]:
-        record["ms spent in"] = parts["ours"]
-        record["share of products"] = round(parts["ours"]["matrix products"]
-                                            / sum(parts["ours"].values()), 3)
+            record["ours / " + name + ", least"] = round(min(seconds["ours"]) / min(times), 3)
+    if "spent" in found:
+        record["ms spent in"] = found["spent"]
+        record["share of products"] = round(found["spent"].get("matrix products", 0.0)
+                                            / sum(found["spent"].values()), 3)
     return record
 
 
-def startup():
+def startup(script):
     """Seconds from the command to the end of the first update: cold, then with cached kernels."""
     from bench.results import machine
 
-    record = {"row": "startup", "machine": machine(), "command": "python -m bench.speed --startup"}
+    record = {"row": "startup", "machine": machine(),
+              "command": " ".join(["python -m bench.speed", *sys.argv[1:]])}
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}
         for name in ("cold", "warm"):
-            words = [sys.executable, "air_multimnist.py", "--out", f"{folder}/{name}",
+            words = [sys.executable, f"{script}.py", "--out", f"{folder}/{name}",
                      "--steps", "1000", "--save-every", "1"]
             start = time.perf_counter()
             with subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL,
@@ -205,17 +297,24 @@ def startup():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("script", nargs="?", default="air_multimnist", choices=SETTINGS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[0], help="default: the script's")
+    parser.add_argument("--task", choices=("step", "infer"), default="step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--startup", action="store_true")
     parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.task == "infer" and args.script != "sqair_moving":
+        parser.error("--task infer is for sqair_moving")
     if args.work:
         return work(args)
-    for record in [startup()] if args.startup else [race(batch, args) for batch in args.batch]:
+    results = Path("results") / args.script / "speed.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for record in ([startup(args.script)] if args.startup
+                   else [race(batch, args) for batch in args.batch]):
         print(json.dumps(record, indent=1))
-        with open(RESULTS, "a") as f:
+        with open(results, "a") as f:
             f.write(json.dumps(record) + "\n")
 
 

@@ -350,16 +350,16 @@ __global__ void rmsprop(real* p, const real* g, real* m, real* v, real lr, real 
 
 
 @functools.cache
-def cuda_module(real):
-    return xp.RawModule(code=f"typedef {real} real;\n" + CUDA)
+def cuda_module(real, source):
+    return xp.RawModule(code=f"typedef {real} real;\n" + source)
 
 
-def launch(name, threads, *args):
+def launch(name, threads, *args, source=CUDA):
     """One CUDA thread for each of `threads`; ints go as int32, floats in the arrays' own type."""
     dtype = args[0].dtype
     args = [np.int32(x) if isinstance(x, int) else dtype.type(x) if isinstance(x, float)
             else xp.ascontiguousarray(x) for x in args]
-    kernel = cuda_module("double" if dtype == np.float64 else "float").get_function(name)
+    kernel = cuda_module("double" if dtype == np.float64 else "float", source).get_function(name)
     kernel(((threads + 127) // 128,), (128,), tuple(args))
 
 

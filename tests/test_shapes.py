@@ -4,12 +4,17 @@ import importlib.util
 import itertools
 import os
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import air_multimnist as air
-from common import data, kernels, metrics, ops, sampler
+import depth_scene as depth
+import iodine_tetris as iodine
+import sqair_moving as sqair
+import vrnn_moving as vrnn
+from common import compose, conv, data, kernels, metrics, mixture, ops, raycast, sampler, shapes, tracks
 from common.params import Params
 from meta.shapes import check_shapes
 from viz import scenes as drawing
@@ -42,14 +47,115 @@ def run_air():
     air.prior_samples(p, cfg, 11, np.random.default_rng(0))
 
 
+DEPTH = {"B": 17, "J": 4, "C": 3, "N": 64, "M": 40, "A": depth.A, "G": 12, "K": 9, "U": 11, "D": 10,
+         "F": 448, "E": 126, "S": 24, "R": 68, "n": 8}
+
+
+def run_depth():
+    """All that the script computes, by both formulations."""
+    images = np.random.default_rng(0).random((17, 3, 64, 64), np.float32)
+    for formulation in ("paper", "fast"):
+        cfg = depth.Config(formulation=formulation, objects=4, patch=40, crop=12, what=9,
+                           trunk=(6, 7), encoder=(6, 14), units=11, decoder=(10, 8),
+                           background=10, unet=(4, 4), stages=(4,) * 6, maps=(4,) * 4)
+        p = Params(depth.init(cfg, 0))
+        _, _, back = depth.objective(p, cfg, images, depth.draw_noise(cfg, 17, 0, 0),
+                                     depth.schedule(cfg, 0))
+        back(p.grads())
+        found = depth.infer_scenes(p, cfg, images)
+        depth.in_order(found)
+        depth.walk(p, cfg, found, 17, ("where",))
+
+
+IODINE = {"B": 14, "K": 4, "N": 56, "T": 5, "C": 3, "S": 15, "Z": 7, "F": 6, "R": 9, "M": 12,
+          "U": 13, "Q": 10, "s": 8, "V": 11}
+
+
+def run_iodine():
+    """Both decoders, with and without memory, differentiated through and not."""
+    images = np.random.default_rng(0).random((14, 3, 15, 15), np.float32)
+    for decoder, backprop in (("separable", "steps"), ("broadcast", "all")):
+        cfg = iodine.Config(canvas=15, slots=4, iterations=5, test_iterations=5, latents=7, rank=9,
+                            decoder_units=11, features=6, layers=2, kernel=3, refine_features=10,
+                            units=13, decoder=decoder, backprop=backprop, lstm=True)
+        p = Params(iodine.init(cfg, 0))
+        noise = iodine.draw_noise(cfg, 14, 5, 0, 0)
+        _, back = iodine.objective(p, cfg, images, noise, iodine.schedule(cfg, 0))
+        back(p.grads())
+    iodine.score(p, cfg, [(images, np.zeros((14, 15, 15), int))])
+
+
+def run_mixture():
+    for kind in mixture.KINDS:
+        mixture.mixture_reference(ones(5, 3, 6, 8), ones(5, 2, 4, 6, 8), 0.5, kind)
+
+
+def run_compose():
+    x, alpha, colour = ones(5, 3, 6, 8), ones(5, 2, 6, 8), ones(5, 2, 3, 1, 1)
+    arrays, orders = (x, alpha, colour, ones(5, 3, 1, 1)), np.array([[0, 1]])
+    compose.order_errors_back_reference(compose.order_errors_reference(*arrays, orders), *arrays,
+                                        orders)
+    canvas, theta = ones(7, 3, 4, 4), ones(7, 6, 8)
+    compose.match_reference(compose.cut_reference(compose.place_reference(canvas, theta), theta, 4),
+                            ones(7, 3, 6, 8))
+
+
+SQAIR = {"B": 10, "T": 4, "N": 3, "D": 3, "R": 10, "M": 30, "S": 12, "G": 8, "K": 9, "U": 14,
+         "H": 22, "Q": 16, "F": 47, "J": 2, "videos": 5, "count": 10}
+
+
+def run_sqair():
+    """Both objectives and nets, with an object in each of the three slots from the beginning."""
+    full = sqair.nothing
+
+    def nothing(cfg, B, dtype):
+        state = full(cfg, B, dtype)
+        state.there[...], state.name[...] = 1, np.arange(3)
+        return state
+
+    sqair.nothing = nothing
+    try:
+        for objective, net, B in (("fast", "conv", 10), ("vimco", "mlp", 5)):
+            cfg = sqair.Config(objective=objective, net=net, canvas=12, glimpse=8, hidden=22,
+                               memory=16, what=9, units=14, particles=2, later=3, data="drawn")
+            p = Params(sqair.init(cfg, 0))
+            videos = np.random.default_rng(0).random((B, 4, 1, 12, 12), np.float32)
+            noise = sqair.draw_noise(cfg, 4, B, 0, 0)
+            for frame in noise:
+                frame.uniform[:-1] = 0                              # all stay
+            _, back = sqair.objective(p, cfg, videos, noise, sqair.schedule(cfg, 0))
+            back(p.grads())
+        videos = np.concatenate([videos, videos])
+        sqair.infer_videos(p, cfg, videos)
+        sqair.continued(p, cfg, videos)
+        sqair.tight_bound(p, replace(cfg, bound_particles=10), [(videos[:1], None, None)])
+        sqair.nothing = full
+        sqair.prior_samples(p, replace(cfg, counts=(3,)), 10, 4, np.random.default_rng(0))
+    finally:
+        sqair.nothing = full
+
+
 def run_sampler():
     window = ones(11, 3)
     glimpse, _ = sampler.read(ones(11, 2, 9, 7), window, 5)
     sampler.write(glimpse, window, (9, 7))
 
 
+def run_broadcast_conv():
+    p = weights(a_W=(3, 8, 5, 5), a_b=(3,))
+    conv.broadcast_conv(p, "a", ones(7, 6), ones(2, 9, 4))
+
+
 def run_metrics():
+    true, order = np.ones((5, 2, 6, 8), bool), np.zeros((5, 2), int)
+    iou = metrics.mask_iou(metrics.visible_masks(true, order), np.ones((5, 3, 6, 8), bool))
+    metrics.depth_pairs(true, order, metrics.partners(iou), np.zeros((5, 3), int))
     metrics.matched_iou(metrics.ink_boxes(ones(5, 2, 3, 6, 8)), np.zeros((5, 4, 4)))
+
+
+def run_tracks():
+    boxes = np.broadcast_to([2.0, 3, 9, 9], (5, 6, 3, 4))
+    tracks.follow(boxes[:, :, :2], boxes, np.broadcast_to(np.arange(3), (5, 6, 3)))
 
 
 def run_warp():
@@ -63,29 +169,75 @@ def run_gates():
     kernels.lstm_gates_back_reference(h, c, c, gates)
 
 
+def run_vrnn():
+    videos = np.random.default_rng(0).random((5, 3, 1, 9, 9), np.float32)
+    for net in ("mlp", "conv"):
+        cfg = vrnn.Config(net=net, canvas=9, hidden=7, latent=4, particles=2)
+        p = Params(vrnn.init(cfg, 0))
+        _, back = vrnn.objective(p, cfg, videos, vrnn.draw_noise(cfg, 3, 5, 0, 0))
+        back(p.grads())
+
+
+def run_vrnn_imagine():
+    cfg = vrnn.Config(canvas=9, hidden=7, latent=4)
+    vrnn.imagine(Params(vrnn.init(cfg, 0)), cfg, ones(5, 2, 1, 9, 9), 3)
+
+
+VRNN = {"B": 5, "T": 3, "N": 2, "R": 10, "S": 9, "H": 7, "K": 4}
+
+
 # One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
 # A commented line of a listed module or function that no run executes fails, so list only what
 # the run covers, and give every dimension a size of its own.
 CASES = {
     "air": ([air], AIR, run_air),
+    "sqair": ([sqair], SQAIR, run_sqair),
+    "iodine": ([iodine], IODINE, run_iodine),
+    "mixture": ([mixture.density, mixture.mixture_reference],
+                {"B": 5, "K": 2, "C": 3, "H": 6, "W": 8}, run_mixture),
+    "vrnn": ([vrnn.normal, vrnn.latent, vrnn.decode, vrnn.step, vrnn.look_all, vrnn.resample,
+              vrnn.gather, vrnn.unroll], VRNN, run_vrnn),
+    "vrnn.imagine": ([vrnn.imagine], VRNN, run_vrnn_imagine),
     "linear, dense": ([ops.linear, ops.dense], {"B": 5, "I": 3, "O": 4}, lambda: ops.dense(
         weights(a_W=(3, 4), a_b=(4,)), "a", ones(5, 3), ops.relu)),
     "rnn": ([ops.rnn], {"B": 5, "H": 4}, lambda: ops.rnn(
         weights(a_x_W=(3, 4), a_h_W=(4, 4), a_h_b=(4,)), "a", ones(5, 3), ones(5, 4))),
+    "gru": ([ops.gru], {"B": 5, "H": 4}, lambda: ops.gru(
+        weights(a_x_W=(3, 12), a_h_W=(4, 12)), "a", ones(5, 3), ones(5, 4))),
     "lstm": ([ops.lstm], {"B": 5, "H": 4}, lambda: ops.lstm(
         weights(a_x_W=(3, 16), a_h_W=(4, 16)), "a", ones(5, 16), ones(5, 3), *ones(2, 5, 4))),
     "latent": ([ops.gaussian, ops.gaussian_kl, ops.latent], {"B": 5, "K": 3},
                lambda: ops.latent(*ones(3, 5, 3))),
     "density": ([ops.gaussian_log_density], {"B": 5, "D": 24},
                 lambda: ops.gaussian_log_density(ones(5, 2, 3, 4), 0.0, 1.0)),
+    "conv": ([conv.conv], {"B": 5, "C": 2, "O": 6, "k": 4, "h": 3, "w": 7}, lambda: conv.conv(
+        weights(a_W=(6, 2, 4, 4), a_b=(6,)), "a", ones(5, 2, 7, 15), 2)),
+    "conv_transpose": ([conv.conv_transpose], {"C": 2, "O": 6, "k": 4}, lambda: conv.conv_transpose(
+        weights(a_W=(2, 6, 4, 4), a_b=(6,)), "a", ones(5, 2, 7, 15))),
+    "broadcast_conv": ([conv.broadcast_conv],
+                       {"B": 7, "K": 6, "C": 2, "O": 3, "k": 5, "H": 9, "W": 4, "a": 5, "e": 4},
+                       run_broadcast_conv),
+    "pooled": ([conv.max_pool], {"B": 5, "C": 2, "h": 3, "w": 4},
+               lambda: conv.max_pool(ones(5, 2, 7, 9))),
+    "upsampled": ([conv.upsample], {"B": 5, "C": 2, "H": 3, "W": 4},
+                  lambda: conv.upsample(ones(5, 2, 3, 4))),
     "sampler": ([sampler], {"B": 11, "C": 2, "H": 9, "W": 7, "G": 5}, run_sampler),
-    "metrics": ([metrics], {"B": 5, "K": 2, "H": 6, "W": 8, "size": 4}, run_metrics),
+    "metrics": ([metrics], {"B": 5, "K": 2, "H": 6, "W": 8, "size": 4, "J": 3, "most": 3,
+                            "ways": 6}, run_metrics),
+    "compose": ([compose], {"B": 5, "K": 2, "C": 3, "S": 1, "H": 6, "W": 8, "R": 7, "M": 4},
+                run_compose),
+    "depth": ([depth], DEPTH, run_depth),
     "hat_weights": ([kernels.hat_weights], {"B": 11, "n_out": 5, "n_in": 9},
                     lambda: kernels.hat_weights(ones(11), ones(11), 5, 9)),
     "warp": ([kernels.warp_reference, kernels.warp_back_reference],
              {"B": 11, "C": 2, "h": 9, "w": 7, "H": 5, "W": 6}, run_warp),
     "gates": ([kernels.lstm_gates_reference, kernels.lstm_gates_back_reference], {"B": 5, "H": 4},
               run_gates),
+    "layers": ([shapes.blank], {"B": 5, "C": 3, "K": 2, "H": 32},
+               lambda: shapes.polygons(0, 0, 5, 32)),
+    "tracks": ([tracks], {"B": 5, "T": 6, "K": 2, "N": 3}, run_tracks),
+    "clevr": ([raycast.blank], {"B": 2, "K": 5, "H": 32},
+              lambda: raycast.clevr(0, 0, 2, 32, "5")),
     "shrink": ([data.shrink], {"size": 50}, lambda: data.shrink(np.ones((2, 105, 105), bool))),
     "scanning": ([drawing.scanning], {"R": 2, "N": 4, "H": 9, "W": 7},
                  lambda: drawing.scanning(os.devnull, np.ones((2, 4, 9, 7)), "ab")),
