@@ -14,11 +14,13 @@ The fast formulation, with the numbers that tag the lines below:
     eq.7   q(s) = prod_k exp(-depth_{s_k} / gamma) / sum_{l>=k} exp(-depth_{s_l} / gamma)
            over all orders s = (nearest, .., farthest)
     eq.8   y_s = alpha_{s_1} colour_{s_1} + (1 - alpha_{s_1}) (alpha_{s_2} colour_{s_2} + ..)
-    eq.9   loss = sum_s q(s) w |x - y_s|^2 / (2 sigma^2) + v sum_j KL(q(z_j) || N(0, 1))
+    eq.9   loss = sum_s q(s) w |x - y_s|^2 / (2 sigma^2)
+                  + v sum_j ( KL(q(z_j) || N(0, 1)) + depth_j^2 / 2 )
 
 The paper softens the order of depths so that it can be learned; here all orders are painted and
 their errors averaged (eq.7 and 9), which is exact: dloss/dq(s) is the error of order s. When gamma
-is large all orders count alike, and the objects come apart before their order is decided.
+is large all orders count alike, and the objects come apart before their order is decided. The
+prior of depths, N(0, 1), keeps q(s) from being so sure that a wrong order is never corrected.
 
 The paper's own formulation (--preset paper; `paper-small` is the same with narrow networks):
 
@@ -477,13 +479,14 @@ def fast(p, cfg, x, noise, weights):
     scale = (32 / N)**2 / (2 * weights.std**2)
     q = xp.exp(log_q)                                               # (B, S)
     cost = q * errors                                               # (B, S)  eq.9
-    loss = (scale * cost.sum() + cfg.kl_weight * kl.sum()) / B
+    prior = kl.sum() + 0.5 * (depth * depth).sum()
+    loss = (scale * cost.sum() + cfg.kl_weight * prior) / B
 
     def back(g):
         # q sums to 1, so that a constant less in all errors changes nothing (but rounding)
         dlog_q = q * (errors - cost.sum(1, keepdims=True)) * (scale / B)            # eq.9
         dplaced, dcolour, _ = back_errors(q * (scale / B))                          # eq.8
-        ddepth = back_order(dlog_q)                                                 # eq.7
+        ddepth = back_order(dlog_q) + cfg.kl_weight / B * depth                     # eq.7
         dalpha, dwindow = back_write(dplaced.reshape(R, 1, N, N))                   # eq.6
         dwhere = dwindow[:, 1:].reshape(B, J, 2)                                    # eq.6
         dz = back_draw(dalpha, dcolour.reshape(R, C), g)                            # eq.5

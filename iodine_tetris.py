@@ -60,7 +60,7 @@ LONG, COMPARED = 15, 100    # refinements and scenes of the figures that compare
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = cli.option(20_000, "optimiser updates", low=1)
+    steps: int = cli.option(7500, "optimiser updates", low=1)
     batch_size: int = cli.option(16, "scenes per update", low=1)
     data: str = cli.option("tetris", "what the scenes show",
                            choices=("tetris", "dsprites", "binary", "shapes"))
@@ -100,8 +100,8 @@ class Config:
     warmup: int = cli.option(100, "updates of linear warm-up", low=0)
     decoder_lr: float = cli.option(2.0, "learning rate of the decoder, as a multiple", low=0.0)
     clip: float = cli.option(5.0, "largest norm of the gradient", low=1e-9)
-    eval_every: int = cli.option(500, "updates between two lines of metrics", low=1)
-    eval_scenes: int = cli.option(160, "validation scenes for each line of metrics", low=1)
+    eval_every: int = cli.option(250, "updates between two lines of metrics", low=1)
+    eval_scenes: int = cli.option(80, "validation scenes for each line of metrics", low=1)
     test_scenes: int = cli.option(320, "fresh scenes for the final score", low=1)
 
 

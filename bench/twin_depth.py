@@ -101,7 +101,8 @@ def fast(p, cfg, x, noise, weights):
     placed = resample(alpha, zoom, -where.reshape(R, 2) * zoom, N).reshape(B, J, N, N)
     q = order_posterior(depth, weights.gamma, orders).exp()
     errors = order_errors(x, placed, colour.reshape(B, J, C), orders)
-    return ((32 / N) ** 2 / (2 * weights.std**2) * (q * errors).sum() + cfg.kl_weight * kl) / B
+    prior = kl + 0.5 * (depth**2).sum()
+    return ((32 / N) ** 2 / (2 * weights.std**2) * (q * errors).sum() + cfg.kl_weight * prior) / B
 
 
 # ---------------------------------------------------------------- the paper's own formulation

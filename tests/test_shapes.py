@@ -14,7 +14,19 @@ import depth_scene as depth
 import iodine_tetris as iodine
 import sqair_moving as sqair
 import vrnn_moving as vrnn
-from common import compose, conv, data, kernels, metrics, mixture, ops, raycast, sampler, shapes, tracks
+from common import (
+    compose,
+    conv,
+    data,
+    kernels,
+    metrics,
+    mixture,
+    ops,
+    raycast,
+    sampler,
+    shapes,
+    tracks,
+)
 from common.params import Params
 from meta.shapes import check_shapes
 from viz import scenes as drawing

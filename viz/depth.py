@@ -77,6 +77,7 @@ def overlay(path, image, modal, layers):
 # ---------------------------------------------------------------- a scene pulled apart
 
 ZOOM, TURN, TILT, DISTANCE = 3, 0.72, 0.42, 0.55    # of a pixel, radians, of the canvas' side
+FINE = 4                                            # panes are enlarged: their edges are slanted
 
 
 def apart_gif(path, layers, background, fps=14):
@@ -111,16 +112,12 @@ def explode(layers, background, t):
         ay, by, cy = np.sin(tilt) * np.sin(turn), np.cos(tilt), -np.sin(tilt) * np.cos(turn) * z
         M = ZOOM * np.array([[ax, 0.0], [ay, by]])
         middle = np.array([side / 2 + ZOOM * bx, side / 2 + ZOOM * cy])
-        inverse = np.linalg.inv(M)
-        start = np.array([W / 2, H / 2]) - inverse @ middle
-        data = (inverse[0, 0], inverse[0, 1], start[0], inverse[1, 0], inverse[1, 1], start[1])
-        scale = 4                                       # smooth slanted edges
-        data = tuple(v * scale if i in (2, 5) else v for i, v in enumerate(data))
-        big = pane.resize((W * scale, H * scale), Image.Resampling.NEAREST)
-        data = (data[0] * scale, data[1] * scale, data[2], data[3] * scale, data[4] * scale,
-                data[5])
-        page.alpha_composite(big.transform((side, side), Image.Transform.AFFINE, data,
-                                           Image.Resampling.BILINEAR))
+        inverse = FINE * np.linalg.inv(M)               # from the page back to the pane
+        start = FINE * np.array([W / 2, H / 2]) - inverse @ middle
+        fine = pane.resize((W * FINE, H * FINE), Image.Resampling.NEAREST)
+        page.alpha_composite(fine.transform(
+            (side, side), Image.Transform.AFFINE, [*inverse[0], start[0], *inverse[1], start[1]],
+            Image.Resampling.BILINEAR))
     return np.asarray(page.convert("RGB"))
 
 
