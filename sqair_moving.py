@@ -32,7 +32,7 @@ U encoder units, H discovery RNN, Q relation RNN, F one object's latents and mem
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,8 +197,7 @@ def init(cfg, seed):
 
 def split(x, *sizes):
     """Columns of x in pieces; concatenating their gradients is the way back."""
-    ends = np.cumsum(sizes)
-    return [x[:, end - size:end] for end, size in zip(ends, sizes, strict=True)]
+    return [x[:, end - size:end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def join(*pieces):

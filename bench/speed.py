@@ -236,7 +236,7 @@ def race(batch, args):
     from bench.results import machine
 
     racers, reports = {}, {}
-    for name in CONTENDERS[:2] if args.task == "infer" else CONTENDERS:
+    for name in CONTENDERS[:2] if args.eager or args.task == "infer" else CONTENDERS:
         words = [sys.executable, "-m", "bench.speed", args.script, "--work", name, "--batch",
                  str(batch), "--threads", str(args.threads), "--device", args.device, "--task",
                  args.task]
@@ -303,6 +303,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
     parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task == "infer" and args.script != "sqair_moving":

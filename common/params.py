@@ -24,6 +24,9 @@ class Params(Mapping):
     def __getitem__(self, name):
         return self.views[name]
 
+    def __contains__(self, name):
+        return name in self.views
+
     def __iter__(self):
         return iter(self.views)
 
