@@ -999,7 +999,7 @@ def tight_bound(p, cfg, parts):
     return total / count
 
 
-def addition(p, cfg, *glyphs, count=(4000, 500)):
+def addition(p, cfg, *glyphs, count=(16_000, 1000)):
     """Accuracy of a classifier that adds the digits of a frame from z_what (supplement D.4)."""
     sets = []
     for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
