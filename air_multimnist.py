@@ -40,7 +40,7 @@ from common.ops import (
     relu, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
-from common.params import Params
+from common.params import Params, fitting
 from common.sampler import read, window_boxes, write
 from common.store import load_weights, save_weights, whole_file
 
@@ -611,16 +611,9 @@ def stream(cfg, glyphs, seed, total, part=250):
         yield draw_scenes(cfg, glyphs, seed, start, min(part, total - start))[:3]
 
 
-def fitting(cfg, weights):
-    """The weights as parameters, if they are what this config needs."""
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
-        raise Fail("these weights do not fit the config")
-    return Params(weights)
-
-
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
-    p = fitting(cfg, weights)
+    p = fitting(weights, init(cfg, 0))
     if path is None:
         glyphs = load_glyphs(cfg, "test", data_dir)
         fresh = stream(cfg, glyphs, TEST, cfg.test_scenes)
@@ -650,7 +643,7 @@ def infer(cfg, weights, files, out):
     """The objects of each picture, in its own pixels, and an overlay that shows them."""
     from viz.scenes import boxes_on_scenes
 
-    p, results = fitting(cfg, weights), []
+    p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         image, to_picture = read_picture(path, cfg.canvas, channels(cfg))
         guess = infer_scenes(p, cfg, image[None])
@@ -797,7 +790,7 @@ def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
     cfg = cli.from_dict(Config, config, folder / "weights.npz")
-    return cfg, fitting(cfg, weights)
+    return cfg, fitting(weights, init(cfg, 0))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ from common.metrics import (
 from common.mpi import is_root, mean_over_processes, share
 from common.ops import clamp, dense, elu, latent, linear, logistic, mlp, relu, sigmoid
 from common.optim import Optimiser, cosine, norm, ramp
-from common.params import Params
+from common.params import Params, fitting
 from common.sampler import read, write
 from common.store import load_weights, save_weights, whole_file
 
@@ -1006,16 +1006,9 @@ def stream(cfg, seed, total, part=250):
         yield s.images, s.amodal, s.order
 
 
-def fitting(cfg, weights):
-    """The weights as parameters, if they are what this config needs."""
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
-        raise Fail("these weights do not fit the config")
-    return Params(weights)
-
-
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
-    p = fitting(cfg, weights)
+    p = fitting(weights, init(cfg, 0))
     if path is None:
         return {"scenes": cfg.data, **score(p, cfg, stream(cfg, TEST, cfg.test_scenes))}
     return score(p, cfg, file_parts(cfg, path))
@@ -1075,7 +1068,7 @@ def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
     cfg = cli.from_dict(Config, config, folder / "weights.npz")
-    return cfg, fitting(cfg, weights)
+    return cfg, fitting(weights, init(cfg, 0))
 
 
 def walk(p, cfg, found, steps, moving):
@@ -1137,7 +1130,7 @@ def infer(cfg, weights, files, out):
 
     from viz.depth import overlay
 
-    p, results = fitting(cfg, weights), []
+    p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         image, to_picture = read_picture(path, cfg.canvas, C)
         found = infer_scenes(p, cfg, image[None])

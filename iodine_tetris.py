@@ -48,7 +48,7 @@ from common.mixture import KINDS, density, mixture
 from common.mpi import is_root, mean_over_processes, share
 from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
 from common.optim import Optimiser, cosine, norm, ramp
-from common.params import Params
+from common.params import Params, fitting
 from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen
@@ -483,16 +483,9 @@ def stream(cfg, seed, total, part=20):
         yield drawn.images, drawn.masks
 
 
-def fitting(cfg, weights):
-    """The weights as parameters, if they are what this config needs."""
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
-        raise Fail("these weights do not fit the config")
-    return Params(weights)
-
-
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
-    p = fitting(cfg, weights)
+    p = fitting(weights, init(cfg, 0))
     parts = stream(cfg, TEST, cfg.test_scenes) if path is None else file_parts(cfg, path)
     return final(score(p, cfg, parts))
 
@@ -514,7 +507,7 @@ def infer(cfg, weights, files, out):
     """The objects of each picture, in its own pixels, and pictures that show them."""
     from viz.slots import decomposition
 
-    p, results = fitting(cfg, weights), []
+    p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         image, to_picture = read_picture(path, cfg.canvas, channels(cfg))
         guess = infer_scenes(p, cfg, image[None])
@@ -616,7 +609,7 @@ def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
     cfg = cli.from_dict(Config, config, folder / "weights.npz")
-    return cfg, fitting(cfg, weights)
+    return cfg, fitting(weights, init(cfg, 0))
 
 
 if __name__ == "__main__":

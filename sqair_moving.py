@@ -50,7 +50,7 @@ from common.ops import (
     clamp, elu, gaussian_log_density, gru, linear, log_logistic, logistic, mlp, relu, rnn, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
-from common.params import Params
+from common.params import Params, fitting
 from common.probe import probe
 from common.sampler import read, write
 from common.store import load_weights, save_weights
@@ -948,16 +948,9 @@ def stream(cfg, glyphs, seed, total, part=50):
         yield draw_videos(cfg, glyphs, seed, start, min(part, total - start), cfg.frames)[:3]
 
 
-def fitting(cfg, weights):
-    """The weights as parameters, if they are what this config needs."""
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
-        raise Fail("these weights do not fit the config")
-    return Params(weights)
-
-
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test videos."""
-    p = fitting(cfg, weights)
+    p = fitting(weights, init(cfg, 0))
     if path is not None:
         return score(p, cfg, file_parts(cfg, path))
     glyphs = load_glyphs(cfg, "test", data_dir)
@@ -1083,7 +1076,7 @@ def infer(cfg, weights, files, out):
     """The tracks of each video, in its own pixels, and an overlay GIF that shows them."""
     from viz.tracks import overlay_gif
 
-    p, results = fitting(cfg, weights), []
+    p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         frames, images, to_video = read_video(path, cfg.canvas)
         guess = infer_videos(p, cfg, images[None])
@@ -1189,7 +1182,7 @@ def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
     cfg = cli.from_dict(Config, config, folder / "weights.npz")
-    return cfg, fitting(cfg, weights)
+    return cfg, fitting(weights, init(cfg, 0))
 
 
 if __name__ == "__main__":

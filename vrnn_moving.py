@@ -38,7 +38,7 @@ from common.files import as_picture, read_scenes, read_video
 from common.mpi import is_root, mean_over_processes, share
 from common.ops import clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid
 from common.optim import Optimiser, cosine, norm
-from common.params import Params
+from common.params import Params, fitting
 from common.probe import probe
 from common.store import load_weights, save_weights
 
@@ -450,16 +450,9 @@ def score(p, cfg, parts):
             "mse": sums[3] / pixels}
 
 
-def fitting(cfg, weights):
-    """The weights as parameters, if they are what this config needs."""
-    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in init(cfg, 0).items()}:
-        raise Fail("these weights do not fit the config")
-    return Params(weights)
-
-
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test videos."""
-    p = fitting(cfg, weights)
+    p = fitting(weights, init(cfg, 0))
     if path is not None:
         return score(p, cfg, file_parts(cfg, path))
     glyphs = load_glyphs(cfg, "test", data_dir)
@@ -533,7 +526,7 @@ def infer(cfg, weights, files, out):
     """What the model sees in videos: each a GIF of its frames above and reconstructions below."""
     from viz.tracks import track_gif
 
-    p, results = fitting(cfg, weights), []
+    p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         images = read_video(path, cfg.canvas)[1][None]
         recon = infer_videos(p, cfg, images)[1]
@@ -611,7 +604,7 @@ def load_run(folder):
     """Config and weights of a run folder."""
     config, weights, _ = load_weights(folder / "weights.npz")
     cfg = cli.from_dict(Config, config, folder / "weights.npz")
-    return cfg, fitting(cfg, weights)
+    return cfg, fitting(weights, init(cfg, 0))
 
 
 if __name__ == "__main__":

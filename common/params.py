@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from common.backend import gemm, to_device, to_host, xp
+from common.errors import Fail
 
 
 class Params(Mapping):
@@ -89,6 +90,13 @@ class Grads(Params):
             gemm(a, b, out=self.views[name])
         else:
             self.views[name] += gemm(a, b)
+
+
+def fitting(weights, wanted):
+    """Weights from a file as parameters, if names and shapes are those of `wanted`."""
+    if {k: a.shape for k, a in weights.items()} != {k: a.shape for k, a in wanted.items()}:
+        raise Fail("these weights do not fit the config")
+    return Params(weights)
 
 
 def join(arrays):

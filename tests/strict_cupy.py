@@ -399,10 +399,10 @@ def build(code, options):
 
 class RawModule:
     def __init__(self, code, options=(), backend="nvrtc"):
-        self.library = build(code, options)
+        self.compiled = build(code, options)
 
     def get_function(self, name):
-        return Kernel(self.library, name)
+        return Kernel(self.compiled, name)
 
 
 class Kernel:

@@ -1,9 +1,6 @@
 """Convolutions: fast loops against the reference, pullbacks against differences and each other."""
 
 import itertools
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from common.conv import (
 )
 from common.params import Params
 from test_gradcheck import BOUND, pullback_error
-from test_kernels import GPUS, assert_close, has_gpu
+from test_kernels import GPUS, again_on_gpu, assert_close
 
 HERE = Path(__file__)
 PRECISION = {np.float32: 3e-5, np.float64: 1e-12}
@@ -37,15 +34,7 @@ ACTS = {f.__name__: f for f in (ops.identity, ops.relu, ops.leaky_relu, ops.elu)
 @pytest.mark.skipif(DEVICE == "gpu", reason="this is that run")
 @pytest.mark.parametrize("gpu", GPUS)
 def test_all_of_this_on_a_gpu(gpu):
-    if gpu == "stand-in" and not shutil.which("g++"):
-        pytest.skip("the stand-in compiles CUDA source with g++")
-    if gpu == "real" and not has_gpu():
-        pytest.skip("no CuPy with a GPU here")
-    code = f"import sys; sys.argv += ['--device', 'gpu']; {GPUS[gpu]}; import pytest; " \
-           f"sys.exit(pytest.main([{str(HERE)!r}, '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, text=True,
-                          capture_output=True, check=False)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    again_on_gpu(HERE, gpu)
 
 
 def normal(rng, *shape, dtype=np.float64):

@@ -14,7 +14,7 @@ import pytest
 import iodine_tetris as iodine
 from common.errors import Fail
 from common.gradcheck import coordinates, directional
-from common.params import Params
+from common.params import Params, fitting
 from test_gradcheck import BOUND, EPS, pullback_error
 from viz import slots
 from viz.style import rgb, step_colour
@@ -337,7 +337,7 @@ def test_impossible_configs(shell, tmp_path, words, complaint):
 def test_weights_of_another_model_are_refused(tmp_path):
     cfg = iodine.Config(**SMALL)
     with pytest.raises(Fail, match="do not fit"):
-        iodine.fitting(replace(cfg, latents=5), iodine.init(cfg, 0))
+        fitting(iodine.init(cfg, 0), iodine.init(replace(cfg, latents=5), 0))
 
 
 # ---------------------------------------------------------------- figures

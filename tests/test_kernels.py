@@ -23,13 +23,18 @@ GPUS = {"stand-in": "import strict_cupy; strict_cupy.install()", "real": "import
 @pytest.mark.parametrize("gpu", GPUS)
 def test_all_of_this_on_a_gpu(gpu):
     """The CUDA source runs on the CPU, by the stand-in; and on a GPU where there is one."""
+    again_on_gpu(HERE, gpu)
+
+
+def again_on_gpu(file, gpu):
+    """Run a test file once more with CuPy, the stand-in or the real one."""
     if gpu == "stand-in" and not shutil.which("g++"):
         pytest.skip("the stand-in compiles CUDA source with g++")
     if gpu == "real" and not has_gpu():
         pytest.skip("no CuPy with a GPU here")
     code = f"import sys; sys.argv += ['--device', 'gpu']; {GPUS[gpu]}; import pytest; " \
-           f"sys.exit(pytest.main([{str(HERE)!r}, '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, text=True,
+           f"sys.exit(pytest.main([{str(file)!r}, '-p', 'no:cacheprovider']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=file.parent, text=True,
                           capture_output=True, check=False)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 

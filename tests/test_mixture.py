@@ -1,8 +1,5 @@
 """The mixture's three versions agree, and their slopes are those of finite differences."""
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ from common import mixture as mix
 from common.backend import DEVICE, to_device, to_host
 from common.gradcheck import coordinates
 from test_gradcheck import BOUND, EPS
-from test_kernels import GPUS, has_gpu
+from test_kernels import GPUS, again_on_gpu
 
 HERE = Path(__file__)
 on_cpu = pytest.mark.skipif(DEVICE == "gpu", reason="the reference is the same there")
@@ -23,15 +20,7 @@ kinds = pytest.mark.parametrize("kind", mix.KINDS)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_all_of_this_on_a_gpu(gpu):
     """The CUDA source runs on the CPU, by the stand-in; and on a GPU where there is one."""
-    if gpu == "stand-in" and not shutil.which("g++"):
-        pytest.skip("the stand-in compiles CUDA source with g++")
-    if gpu == "real" and not has_gpu():
-        pytest.skip("no CuPy with a GPU here")
-    code = f"import sys; sys.argv += ['--device', 'gpu']; {GPUS[gpu]}; import pytest; " \
-           f"sys.exit(pytest.main([{str(HERE)!r}, '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, text=True,
-                          capture_output=True, check=False)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    again_on_gpu(HERE, gpu)
 
 
 def scene(rng, dtype=np.float64, batch=2, slots=3, channels=2):

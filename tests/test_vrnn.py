@@ -13,7 +13,7 @@ from common import cli
 from common.data import Glyphs
 from common.errors import Fail
 from common.gradcheck import directional
-from common.params import Params
+from common.params import Params, fitting
 from test_gradcheck import BOUND, EPS, pullback_error
 
 SMALL = {"canvas": 10, "hidden": 5, "latent": 3, "particles": 3}
@@ -212,9 +212,9 @@ def test_training_improves_the_bound(rng):
 def test_weights_of_another_config_are_refused():
     cfg = vrnn.Config(**SMALL)
     weights = {k: a.astype(np.float32) for k, a in vrnn.init(cfg, 0).items()}
-    vrnn.fitting(cfg, weights)
+    fitting(weights, vrnn.init(cfg, 0))
     with pytest.raises(Fail, match="do not fit"):
-        vrnn.fitting(replace(cfg, hidden=7), weights)
+        fitting(weights, vrnn.init(replace(cfg, hidden=7), 0))
 
 
 @pytest.fixture
