@@ -54,14 +54,16 @@ import numpy as np
 
 from common import cli, shapes
 from common.compose import cut, order_errors, place
-from common.conv import conv, conv_transpose, group_norm, leaky_relu, max_pool, upsample
+from common.conv import conv, conv_transpose, group_norm, max_pool, upsample
 from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import (
     depth_pairs, ink_boxes, mask_iou, partners, taken, visible_masks,
 )
 from common.mpi import is_root, mean_over_processes, share
-from common.ops import clamp, dense, elu, latent, linear, logistic, mlp, relu, sigmoid
+from common.ops import (
+    clamp, dense, elu, latent, leaky_relu, linear, logistic, mlp, relu, sigmoid,
+)
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.sampler import read, write

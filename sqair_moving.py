@@ -211,22 +211,11 @@ def pool(x):
     return ((rows[..., 0:half:2] + rows[..., 1:half:2]) * 0.25).reshape(len(x), -1)
 
 
-def conv_elu(p, name, x, stride=1, want_dx=True):
-    u, back_u = conv(p, name, x, stride, want_dx)
-    y, back_y = elu(u)
-
-    def back(dy, g):
-        du = back_y(dy)
-        return back_u(du, g)
-
-    return y, back
-
-
 def cnn(p, x, want_dx):
     """The maps that frames and glimpses share in `--net conv`."""
     backs = []
     for i, stride in enumerate(STRIDES):
-        x, back_i = conv_elu(p, f"cnn.{i}", x, stride, want_dx or i > 0)
+        x, back_i = conv(p, f"cnn.{i}", x, stride, want_dx or i > 0, elu)
         backs.append(back_i)
 
     def back(dx, g):
@@ -268,10 +257,10 @@ def decode_conv(p, cfg, what):
     """A patch in [0, 1] by sub-pixel convolutions: four maps become 2 x 2 pixels of one."""
     side = cfg.glimpse // 4
     u, back_u = mlp(p, "decode", what, elu, last=elu)
-    x, back_x = conv_elu(p, "paint.0", u.reshape(-1, 32, side, side))
+    x, back_x = conv(p, "paint.0", u.reshape(-1, 32, side, side), act=elu)
     backs = []
     for i in (1, 2):
-        x, back_maps = conv_elu(p, f"paint.{i}", x)
+        x, back_maps = conv(p, f"paint.{i}", x, act=elu)
         x, back_pixels = sub_pixel(x, 2)
         backs.append((back_maps, back_pixels))
     x, back_last = conv(p, "paint.3", x)

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.backend import gemm, to_device, xp
 from common.conv_kernels import act_back, activate, conv_back_w, conv_back_x, conv_forward
-from common.ops import identity, leaky_relu  # noqa: F401
+from common.ops import identity
 
 EPS = 1e-5              # added to variances
 
