@@ -111,7 +111,7 @@ def test_scene_prior_gradients(rng):
     v, eps, g = rng.standard_normal((3, 2 * (2 + 4))), rng.standard_normal((3, 16)), p.grads()
     _, back = depth.scene_prior(p, cfg, v, eps)
     back(g)
-    for name in set(p) - {"prior.mean", "prior.std"}:
+    for name in sorted(set(p) - {"prior.mean", "prior.std"}):
         error = directional(lambda: depth.scene_prior(p, cfg, v, eps)[0], p[name], g[name], rng,
                             EPS)
         assert g[name].any() and error < BOUND, (name, error)
