@@ -34,7 +34,7 @@ from common import cli, data, scenes
 from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import confusion, ink_boxes, matched_iou
-from common.mpi import is_root, mean_over_processes, share
+from common.processes import is_root, share
 from common.ops import (
     bernoulli_kl, clamp, gaussian_log_density, latent, linear, log_logistic, logistic, lstm, mlp,
     relu, sigmoid,
@@ -667,15 +667,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p, groups={"baseline": cfg.baseline_lr})
     watched = list(stream(cfg, glyphs, VALIDATION, cfg.eval_scenes))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         batch = draw_scenes(cfg, glyphs, run.seed, step * cfg.batch_size + start, count)
         noise = draw_noise(cfg, cfg.batch_size, run.seed, step, start, count)
         weights = schedule(cfg, step)
         loss, back = objective(p, cfg, to_device(batch.images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

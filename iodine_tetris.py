@@ -45,7 +45,7 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.mpi import is_root, mean_over_processes, share
+from common.processes import is_root, share
 from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
@@ -545,15 +545,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p, groups={"decode": cfg.decoder_lr}, clip=cfg.clip)
     watched = list(stream(cfg, VALIDATION, cfg.eval_scenes))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         images = draw_scenes(cfg, run.seed, step * cfg.batch_size + start, count).images
         noise = draw_noise(cfg, cfg.batch_size, cfg.iterations, run.seed, step, start, count)
         weights = schedule(cfg, step)
         loss, back = objective(p, cfg, to_device(images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

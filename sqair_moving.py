@@ -45,7 +45,7 @@ from common.conv import conv, sub_pixel
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
 from common.metrics import ink_boxes
-from common.mpi import is_root, mean_over_processes, share
+from common.processes import is_root, share
 from common.ops import (
     clamp, elu, gaussian_log_density, gru, linear, log_logistic, logistic, mlp, relu, rnn, sigmoid,
 )
@@ -1103,7 +1103,7 @@ def train(cfg, run):
         loss, back = objective(p, now, to_device(batch.images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss) / T, gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

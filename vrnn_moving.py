@@ -35,7 +35,7 @@ from common import cli, data, videos
 from common.conv import conv, conv_transpose
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
-from common.mpi import is_root, mean_over_processes, share
+from common.processes import is_root, share
 from common.ops import clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid
 from common.optim import Optimiser, cosine, norm
 from common.params import Params, fitting
@@ -548,15 +548,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p)
     watched = list(stream(cfg, glyphs, VALIDATION, cfg.eval_videos))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         T, now = stage(cfg, step)
         batch = draw_videos(cfg, glyphs, run.seed, step * cfg.batch_size + start, count, T)
         noise = draw_noise(now, T, cfg.batch_size, run.seed, step, start, count)
         loss, back = objective(p, now, to_device(batch.images), noise)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss) / T, gradient=norm(g.flat))
         adam.update(g, cfg.lr * cosine(step, cfg.steps, cfg.lr_floor), step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

@@ -32,6 +32,7 @@ from numba.extending import intrinsic
 
 from common.backend import DEVICE, THREADS, gemm, xp
 from common.kernels import jit, launch
+from common.processes import threads
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu")
 SLOPE = 0.1             # of leaky_relu below 0
@@ -425,7 +426,7 @@ pool = ThreadPoolExecutor(THREADS)      # the loops leave Python alone
 def over_batch(work, B, group):
     """work(slice) for pieces of the batch, several at a time; whole groups of images each."""
     groups = -(-B // group)
-    count = max(1, min(groups, 1 if THREADS == 1 else 4 * THREADS))
+    count = max(1, min(groups, 1 if threads() == 1 else 4 * threads()))
     edges = [min(groups * k // count * group, B) for k in range(count + 1)]
     parts = [slice(*pair) for pair in pairwise(edges)]
     return [work(parts[0])] if count == 1 else list(pool.map(work, parts))

@@ -221,6 +221,22 @@ def _rmsprop(p, g, m, v, lr, momentum, rho, eps, scale):
         p[k] -= m[k]
 
 
+@jit
+def average(rows, start, stop):
+    """The mean over rows, from column start to stop, written into each row."""
+    part, chunk = rows.dtype.type(1 / len(rows)), 2048
+    for a in range(start, stop, chunk):
+        b = min(a + chunk, stop)
+        for r in range(1, len(rows)):
+            for k in range(a, b):
+                rows[0, k] += rows[r, k]
+        for k in range(a, b):
+            rows[0, k] *= part
+        for r in range(1, len(rows)):
+            for k in range(a, b):
+                rows[r, k] = rows[0, k]
+
+
 # ---------------------------------------------------------------- CUDA
 
 CUDA = r"""

@@ -15,6 +15,7 @@ from numba import njit
 
 from common.backend import THREADS
 from common.errors import Fail
+from common.processes import threads
 from common.scenes import below, key, stream, uniform
 
 VARIANTS = {    # fewest and most objects, radii, half the side of the field, pixels seen of 96 x 96
@@ -404,8 +405,8 @@ def clevr(seed, start, count, size=64, variant="3"):
 
     def draw(first):
         return all(draw_scene(seed, start + np.uint64(b), variant, s, b)
-                   for b in range(first, count, THREADS))
+                   for b in range(first, count, threads()))
 
-    if not all((pool.map if THREADS > 1 else map)(draw, range(THREADS))):
+    if not all((pool.map if threads() > 1 else map)(draw, range(threads()))):
         raise Fail(f"found no places for the objects of CLEVR-{variant} on {size} x {size} pixels")
     return s

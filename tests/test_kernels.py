@@ -130,6 +130,16 @@ UPDATES = {
 
 
 @dtypes
+@pytest.mark.parametrize("count", [2, 3])
+def test_average(count, dtype, rng):
+    rows = rng.standard_normal((count, 5000)).astype(dtype)
+    want = rows.copy()
+    want[:, 7:4321] = rows[:, 7:4321].mean(0)
+    kernels.average(rows, 7, 4321)
+    assert_close(rows, want, PRECISION[dtype])
+
+
+@dtypes
 @pytest.mark.parametrize("name", UPDATES)
 def test_optimisers(name, dtype, rng):
     update, reference, numbers = UPDATES[name]
