@@ -34,13 +34,13 @@ from common import cli, data, scenes
 from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import confusion, ink_boxes, matched_iou
-from common.processes import is_root, share
 from common.ops import (
-    bernoulli_kl, clamp, gaussian_log_density, latent, linear, log_logistic, logistic, lstm, mlp,
-    relu, sigmoid,
+    bernoulli_kl, clamp, gaussian_log_density, latent, linear, log_logistic, logistic, lstm,
+    lstm_cell, mlp, relu, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.sampler import read, window_boxes, write
 from common.store import load_weights, save_weights, whole_file
 
@@ -227,10 +227,21 @@ def attend_air(p, seen, a, z, h, c):
     return h, c, back
 
 
+def attend_first(p, seen, a, z, h, c):
+    """AIR's step 1: nothing is remembered and nothing was found, the image is all there is."""
+    h, c, back_cell = lstm_cell(a, c)                               # (B, H), (B, H)  eq.2
+
+    def back(dh, dc, g):
+        da, dc = back_cell(dh, dc)                                                  # eq.2
+        return da, None, None, dc
+
+    return h, c, back
+
+
 def attend_dair(p, seen, a, z, h, c):
     """No memory: the canvas has it."""
     pooled = pool(seen)                                             # (B, P)
-    h_new, back_h = mlp(p, "look", pooled, last=relu)               # (B, H)  eq.2
+    h_new, back_h = mlp(p, "look", pooled, last=relu, want_dx=False)    # (B, H)  eq.2
 
     def back(dh, dc, g):
         back_h(dh, g)                                                               # eq.2
@@ -244,10 +255,12 @@ ATTEND = {"air": attend_air, "dair": attend_dair}
 
 def step(p, cfg, x, a, state, eps_where, eps_what):
     """Object i: attend (eq.2 to 4), infer what it is (eq.5), draw it (eq.6)."""
-    h, c, z, y = state                              # (B, H), (B, H), (B, Z), (B, C, S, S)
-    # z is object i-1: 1 (it is there, or step i would not matter), z_where, z_what; 0 at step 1
+    # z (B, Z) is object i-1: 1 (it is there, or step i would not matter), z_where, z_what.
+    # At step 1 there is none, and no memory h (B, H).
+    h, c, z, y = state
     seen = residual(x, y) if cfg.model == "dair" else x             # (B, C, S, S)  eq.2
-    h, c, back_h = ATTEND[cfg.model](p, seen, a, z, h, c)           # (B, H), (B, H)  eq.2
+    attend = attend_first if z is None else ATTEND[cfg.model]
+    h, c, back_h = attend(p, seen, a, z, h, c)                      # (B, H), (B, H)  eq.2
     logit, mean, log_std, back_head = head(p, h)                    # (B,), (B, 3), (B, 3)  eq.3
     where, kl_where, back_where = latent(mean, log_std, eps_where)  # (B, 3), (B,)  eq.3
     window, back_window = window_of(where)                          # (B, 3)  eq.4
@@ -310,7 +323,7 @@ def look(p, cfg, x):
     N, B = cfg.max_steps, len(x)
     if cfg.model == "dair":
         return [None] * N, lambda das, g: None                      # it sees the residual instead
-    y, back_y = mlp(p, "look", pool(x))                             # (B, L)  eq.2
+    y, back_y = mlp(p, "look", pool(x), want_dx=False)              # (B, L)  eq.2
     own = cfg.model == "heads"                                      # each step has a part of y
 
     def back(das, g):
@@ -324,7 +337,8 @@ def unroll(p, cfg, x, noise):
     """All N steps as if every object were there: traces of step 1..N."""
     B, H, Z = len(x), cfg.hidden, 1 + 3 + cfg.what
     a, back_look = look(p, cfg, x)                                  # N times (B, ..)
-    state = tuple(xp.zeros((B, n), x.dtype) for n in (H, H, Z)) + (xp.zeros_like(x),)
+    h, c, z = (xp.zeros((B, n), x.dtype) for n in (H, H, Z))        # (B, H), (B, H), (B, Z)
+    state = (None, c, None, xp.zeros_like(x)) if cfg.model == "air" else (h, c, z, xp.zeros_like(x))
     traces, backs = [], []
     for i in range(cfg.max_steps):
         trace, state, back_i = STEPS[cfg.model](p, cfg, x, a[i], state,

@@ -60,12 +60,12 @@ from common.files import as_picture, read_picture, read_scenes
 from common.metrics import (
     depth_pairs, ink_boxes, mask_iou, partners, taken, visible_masks,
 )
-from common.processes import is_root, share
 from common.ops import (
     clamp, dense, elu, latent, leaky_relu, linear, logistic, mlp, relu, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.sampler import read, write
 from common.store import load_weights, save_weights, whole_file
 

@@ -45,10 +45,10 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.processes import is_root, share
 from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen

@@ -45,13 +45,13 @@ from common.conv import conv, sub_pixel
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
 from common.metrics import ink_boxes
-from common.processes import is_root, share
 from common.ops import (
     clamp, elu, gaussian_log_density, gru, linear, log_logistic, logistic, mlp, relu, rnn, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.probe import probe
+from common.processes import is_root, share
 from common.sampler import read, write
 from common.store import load_weights, save_weights
 from common.tracks import follow, summary

@@ -35,11 +35,11 @@ from common import cli, data, videos
 from common.conv import conv, conv_transpose
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
-from common.processes import is_root, share
 from common.ops import clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid
 from common.optim import Optimiser, cosine, norm
 from common.params import Params, fitting
 from common.probe import probe
+from common.processes import is_root, share
 from common.store import load_weights, save_weights
 
 MAPS = (32, 32, 64, 64)                     # of `--net conv`, each at half the side of the last

@@ -66,11 +66,11 @@ def measure(command):
     words = [sys.executable, *shlex.split(command)[1:]]
     if "evaluate" not in words:
         words.append("--resume")
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        with ThreadPoolExecutor(1) as other:
-            peak = other.submit(peak_memory, process)
-            out = process.stdout.read()
-            process.wait()
+    with (subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process,
+          ThreadPoolExecutor(1) as other):
+        peak = other.submit(peak_memory, process)
+        out = process.stdout.read()
+        process.wait()
     if process.returncode:
         raise SystemExit(f"{command} ended with status {process.returncode}")
     record = {"machine": machine(), "peak_mb": peak.result(),
