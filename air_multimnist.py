@@ -156,7 +156,7 @@ def init(cfg, seed):
     return arrays
 
 
-# ================================================================ one step: find and draw an object
+# ================================================================ one step: find an object; draw it
 
 def pool(x):
     """Means of 2 x 2 pixels, flattened. Only images are pooled: no gradient is needed."""
@@ -203,7 +203,7 @@ def encode(p, glimpse):
 
 def decode(p, what, shape):
     """A patch in [0, 1]."""
-    y, back_y = mlp(p, "decode", what, last=sigmoid)                # (B, C*G*G)
+    y, back_y = mlp(p, "decode", what, last=sigmoid)                # (..., C*G*G)
 
     def back(dpatch, g):
         return back_y(dpatch.reshape(y.shape), g)
@@ -253,12 +253,11 @@ def attend_dair(p, seen, a, z, h, c):
 ATTEND = {"air": attend_air, "dair": attend_dair}
 
 
-def step(p, cfg, x, a, state, eps_where, eps_what):
-    """Object i: attend (eq.2 to 4), infer what it is (eq.5), draw it (eq.6)."""
+def find(p, cfg, seen, a, state, eps_where, eps_what):
+    """Object i: attend (eq.2 to 4), infer what it is (eq.5)."""
     # z (B, Z) is object i-1: 1 (it is there, or step i would not matter), z_where, z_what.
-    # At step 1 there is none, and no memory h (B, H).
-    h, c, z, y = state
-    seen = residual(x, y) if cfg.model == "dair" else x             # (B, C, S, S)  eq.2
+    # At AIR's step 1 there is none, and no memory h (B, H).
+    h, c, z = state
     attend = attend_first if z is None else ATTEND[cfg.model]
     h, c, back_h = attend(p, seen, a, z, h, c)                      # (B, H), (B, H)  eq.2
     logit, mean, log_std, back_head = head(p, h)                    # (B,), (B, 3), (B, 3)  eq.3
@@ -267,62 +266,60 @@ def step(p, cfg, x, a, state, eps_where, eps_what):
     glimpse, back_read = read(seen, window, cfg.glimpse)            # (B, C, G, G)  eq.5
     code, code_log_std, back_encode = encode(p, glimpse)            # (B, K), (B, K)  eq.5
     what, kl_what, back_what = latent(code, code_log_std, eps_what)  # (B, K), (B,)  eq.5
-    patch, back_decode = decode(p, what, glimpse.shape)             # (B, C, G, G)  eq.6
-    drawn, back_write = write(patch, window, x.shape[2:])           # (B, C, S, S)  eq.6
-    y = y + drawn                                                   # (B, C, S, S)  eq.6
     z = xp.concatenate([xp.ones_like(where[:, :1]), where, what], 1)    # (B, Z)
-    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, y=y, window=window,
-                            patch=patch)
+    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, window=window, what=what)
 
-    def back(dstate, dlogit, dkl, g):
-        dh, dc, dz, dy = dstate
-        dpatch, dwindow_drawn = back_write(dy)                                      # eq.6
-        dwhat = back_decode(dpatch, g)                                              # eq.6
+    def back(dstate, dlogit, dkl, dwindow, dwhat, g):
+        dh, dc, dz = dstate
         dcode, dcode_log_std = back_what(dwhat + dz[:, 4:], dkl)                    # eq.5
         dglimpse = back_encode(dcode, dcode_log_std, g)                             # eq.5
         _, dwindow_read = back_read(dglimpse)                                       # eq.5
-        dwhere = back_window(dwindow_drawn + dwindow_read)                          # eq.4
+        dwhere = back_window(dwindow + dwindow_read)                                # eq.4
         dmean, dlog_std = back_where(dwhere + dz[:, 1:4], dkl)                      # eq.3
         dh_head = back_head(dlogit, dmean, dlog_std, g)                             # eq.3
         da, dz, dh, dc = back_h(dh + dh_head, dc, g)                                # eq.2
-        return da, (dh, dc, dz, dy)
+        return da, (dh, dc, dz)
 
-    return trace, (h, c, z, y), back
+    return trace, (h, c, z), back
 
 
-def step_heads(p, cfg, x, a, state, eps_where, eps_what):
+def find_heads(p, cfg, seen, a, state, eps_where, eps_what):
     """The NumPy reduction: no memory and no attention; a (B, 4+2K) is this step's own head."""
-    h, c, z, y = state                              # (B, H), (B, H), (B, Z), (B, C, S, S)
-    K, G = cfg.what, cfg.glimpse
+    K = cfg.what
     logit, where, code = a[:, 0], a[:, 1:4], a[:, 4:4 + K]          # (B,), (B, 3), (B, K)
     code_log_std, back_clamp = clamp(a[:, 4 + K:], -5, 1)           # (B, K)
     window, back_window = window_of(where)                          # (B, 3)  eq.4
     what, kl, back_what = latent(code, code_log_std, eps_what)      # (B, K), (B,)  eq.5
-    patch, back_decode = decode(p, what, (len(x), x.shape[1], G, G))    # (B, C, G, G)  eq.6
-    drawn, back_write = write(patch, window, x.shape[2:])           # (B, C, S, S)  eq.6
-    y = y + drawn                                                   # (B, C, S, S)  eq.6
-    trace = SimpleNamespace(logit=logit, kl=kl, h=h, y=y, window=window, patch=patch)
+    trace = SimpleNamespace(logit=logit, kl=kl, h=state[0], window=window, what=what)
 
-    def back(dstate, dlogit, dkl, g):
-        dh, dc, dz, dy = dstate
-        dpatch, dwindow = back_write(dy)                                            # eq.6
-        dwhat = back_decode(dpatch, g)                                              # eq.6
+    def back(dstate, dlogit, dkl, dwindow, dwhat, g):
         dcode, dcode_log_std = back_what(dwhat, dkl)                                # eq.5
         dwhere = back_window(dwindow)                                               # eq.4
         da = [dlogit[:, None], dwhere, dcode, back_clamp(dcode_log_std)]
         return xp.concatenate(da, 1), dstate
 
-    return trace, (h, c, z, y), back
+    return trace, state, back
 
 
-STEPS = {"air": step, "dair": step, "heads": step_heads}
+FIND = {"air": find, "dair": find, "heads": find_heads}
+
+
+def draw(p, what, window, shape, size):
+    """Eq. 6, for objects in rows: what each looks like, and a canvas with it alone."""
+    patch, back_patch = decode(p, what, (len(what), shape[1], size, size))  # (..., C, G, G)  eq.6
+    drawn, back_drawn = write(patch, window, shape[2:])             # (..., C, S, S)  eq.6
+
+    def back(ddrawn, g):
+        dpatch, dwindow = back_drawn(ddrawn)                                        # eq.6
+        dwhat = back_patch(dpatch, g)                                               # eq.6
+        return dwhat, dwindow
+
+    return patch, drawn, back
 
 
 def look(p, cfg, x):
     """What a step gets of the whole image, for all steps at once: (N, B, ..)."""
     N, B = cfg.max_steps, len(x)
-    if cfg.model == "dair":
-        return [None] * N, lambda das, g: None                      # it sees the residual instead
     y, back_y = mlp(p, "look", pool(x), want_dx=False)              # (B, L)  eq.2
     own = cfg.model == "heads"                                      # each step has a part of y
 
@@ -333,26 +330,73 @@ def look(p, cfg, x):
     return (y.reshape(B, N, -1).swapaxes(0, 1) if own else [y] * N), back
 
 
+def nothing(cfg, x):
+    """Before step 1: no memory, no object."""
+    h, c, z = (xp.zeros((len(x), n), x.dtype) for n in (cfg.hidden, cfg.hidden, 4 + cfg.what))
+    return (None, c, None) if cfg.model == "air" else (h, c, z)
+
+
 def unroll(p, cfg, x, noise):
     """All N steps as if every object were there: traces of step 1..N."""
-    B, H, Z = len(x), cfg.hidden, 1 + 3 + cfg.what
+    return (unroll_dair if cfg.model == "dair" else unroll_air)(p, cfg, x, noise)
+
+
+def unroll_air(p, cfg, x, noise):
+    """AIR finds all objects in the image as it is; then they are drawn, all at once."""
+    N, B, G = cfg.max_steps, len(x), cfg.glimpse
     a, back_look = look(p, cfg, x)                                  # N times (B, ..)
-    h, c, z = (xp.zeros((B, n), x.dtype) for n in (H, H, Z))        # (B, H), (B, H), (B, Z)
-    state = (None, c, None, xp.zeros_like(x)) if cfg.model == "air" else (h, c, z, xp.zeros_like(x))
-    traces, backs = [], []
-    for i in range(cfg.max_steps):
-        trace, state, back_i = STEPS[cfg.model](p, cfg, x, a[i], state,
-                                                noise.where[i], noise.what[i])
+    state, traces, backs = nothing(cfg, x), [], []
+    for i in range(N):
+        trace, state, back_i = FIND[cfg.model](p, cfg, x, a[i], state, noise.where[i],
+                                               noise.what[i])
         traces.append(trace)
         backs.append(back_i)
+    what = xp.concatenate([t.what for t in traces])                 # (N*B, K)
+    window = xp.concatenate([t.window for t in traces])             # (N*B, 3)
+    patch, drawn, back_draw = draw(p, what, window, x.shape, G)     # .., (N*B, C, S, S)  eq.6
+    patches, each = patch.reshape(N, B, -1, G, G), drawn.reshape(N, *x.shape)
+    y = xp.zeros_like(x)
+    for i in range(N):
+        y = y + each[i]                                             # (B, C, S, S)  eq.6
+        traces[i].y, traces[i].patch = y, patches[i]
 
     def back(dlogits, dkls, dys, g):
+        ddrawn, dy = xp.empty_like(each), xp.zeros_like(x)
+        for i in reversed(range(N)):
+            dy = xp.add(dy, dys[i], out=ddrawn[i])                                  # eq.6
+        dwhat, dwindow = back_draw(ddrawn.reshape(drawn.shape), g)                  # eq.6
         dstate, das = tuple(xp.zeros_like(s) for s in state), []
-        for back_i, dl, dkl, dy in reversed(list(zip(backs, dlogits, dkls, dys, strict=True))):
-            dh, dc, dz, dy_later = dstate
-            da, dstate = back_i((dh, dc, dz, dy_later + dy), dl, dkl, g)
+        for back_i, *above in reversed(list(zip(
+                backs, dlogits, dkls, dwindow.reshape(N, B, -1), dwhat.reshape(N, B, -1),
+                strict=True))):
+            da, dstate = back_i(dstate, *above, g)
             das.append(da)
         back_look(das[::-1], g)
+
+    return traces, back
+
+
+def unroll_dair(p, cfg, x, noise):
+    """DAIR draws each object before it looks for the next one in what is left of the image."""
+    state, y, traces, backs, backs_drawn = nothing(cfg, x), xp.zeros_like(x), [], [], []
+    for i in range(cfg.max_steps):
+        trace, state, back_i = find(p, cfg, residual(x, y), None, state, noise.where[i],
+                                    noise.what[i])
+        trace.patch, drawn, back_drawn_i = draw(p, trace.what, trace.window, x.shape,
+                                                cfg.glimpse)        # .., (B, C, S, S)  eq.6
+        y = y + drawn                                               # (B, C, S, S)  eq.6
+        trace.y = y
+        traces.append(trace)
+        backs.append(back_i)
+        backs_drawn.append(back_drawn_i)
+
+    def back(dlogits, dkls, dys, g):
+        dstate, dy = tuple(xp.zeros_like(s) for s in state), xp.zeros_like(x)
+        for back_i, back_drawn_i, dlogit, dkl, dy_i in reversed(
+                list(zip(backs, backs_drawn, dlogits, dkls, dys, strict=True))):
+            dy = dy + dy_i                                                          # eq.6
+            dwhat, dwindow = back_drawn_i(dy, g)                                    # eq.6
+            _, dstate = back_i(dstate, dlogit, dkl, dwindow, dwhat, g)
 
     return traces, back
 

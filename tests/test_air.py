@@ -15,7 +15,7 @@ from common.params import Params
 from test_gradcheck import BOUND, EPS, pullback_error
 
 SMALL = {"canvas": 8, "glimpse": 5, "hidden": 6, "what": 4, "units": 5, "max_steps": 3}
-MODELS = [*air.STEPS]
+MODELS = [*air.FIND]
 
 
 def setting(batch=2, seed=13, **changes):
@@ -65,35 +65,48 @@ def test_objective_gradients(model, estimator, data, monkeypatch, rng):
 
 
 def state(cfg, batch, rng):
-    C, S = air.channels(cfg), cfg.canvas
-    return [rng.standard_normal(shape) for shape in (
-        (batch, cfg.hidden), (batch, cfg.hidden), (batch, 4 + cfg.what), (batch, C, S, S))]
+    return [rng.standard_normal((batch, n)) for n in (cfg.hidden, cfg.hidden, 4 + cfg.what)]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_step_gradients(model, monkeypatch, rng):
+def test_find_gradients(model, rng):
     cfg, p, x, noise, _ = setting(model=model)
-    monkeypatch.setattr(air, "residual", lambda x, y: x - 0.5)
-    a = air.look(p, cfg, x)[0][0]
 
-    def step(h, c, z, y, *a):
-        trace, (h, c, z, y), back = air.STEPS[model](
-            p, cfg, x, *(a or [None]), (h, c, z, y), noise.where[0], noise.what[0])
+    def find(h, c, z, *a):
+        trace, (h, c, z), back = air.FIND[model](p, cfg, x, *(a or [None]), (h, c, z),
+                                                 noise.where[0], noise.what[0])
 
-        def pull(dlogit, dkl, dh, dc, dz, dy, g):
-            da, dstate = back((dh, dc, dz, dy), dlogit, dkl, g)
+        def pull(dlogit, dkl, dwindow, dwhat, dh, dc, dz, g):
+            da, dstate = back((dh, dc, dz), dlogit, dkl, dwindow, dwhat, g)
             return (*dstate, da) if a else dstate
 
-        return trace.logit, trace.kl, h, c, z, y, pull
+        return trace.logit, trace.kl, trace.window, trace.what, h, c, z, pull
 
-    inputs = state(cfg, len(x), rng) + ([] if a is None else [a.copy()])
-    assert pullback_error(step, inputs, p) < BOUND
+    a = [] if model == "dair" else [air.look(p, cfg, x)[0][0].copy()]
+    assert pullback_error(find, state(cfg, len(x), rng) + a, p) < BOUND
+
+
+def test_draw_gradients(rng):
+    cfg, p, x, _, _ = setting(data="sprites")
+    what, window = rng.standard_normal((4, cfg.what)), rng.uniform(0.3, 0.6, (4, 3))
+    p = Params({name: p[name] for name in p if name.startswith("decode")}, np.float64)
+    assert pullback_error(lambda *inputs: air.draw(p, *inputs, x.shape, cfg.glimpse)[1:],
+                          [what, window], p) < BOUND
+
+
+def test_step_1_is_a_step_with_zeros_before_it(rng):
+    cfg, p, x, _, _ = setting()
+    a, c = rng.standard_normal((len(x), 4 * cfg.hidden)), rng.standard_normal((len(x), cfg.hidden))
+    h, z = np.zeros_like(c), np.zeros((len(x), 4 + cfg.what))
+    for first, usual in zip(air.attend_first(p, x, a, None, None, c)[:2],
+                            air.attend_air(p, x, a, z, h, c)[:2], strict=True):
+        np.testing.assert_allclose(first, usual, rtol=1e-12)
 
 
 def test_attend_gradients(rng):
     for model in ("air", "dair"):
         cfg, p, x, _, _ = setting(model=model)
-        h, c, z, _ = state(cfg, len(x), rng)
+        h, c, z = state(cfg, len(x), rng)
         a = rng.standard_normal((len(x), 4 * cfg.hidden))
 
         def attend(*inputs, model=model, p=p, x=x, a=a):
