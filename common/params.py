@@ -66,15 +66,22 @@ class Grads(Params):
     def __init__(self, p):
         self.spans, self.shapes = p.spans, p.shapes
         self.rows = rows(p.flat.size, p.flat.dtype)         # one for each process of a run
+        self.at = None
         self.zero()
 
     def zero(self):
-        self.lay(self.rows[row()])
+        self.turn_to(row())
         self.queues, self.stale = {}, set(self)
 
     def average(self):
-        """In place, the mean over all processes that share the batch."""
+        """Become the mean over all processes that share the batch; forked ones find it in row 0."""
         mean_over_processes(self.flat, self.rows)
+        self.turn_to(0)
+
+    def turn_to(self, k):
+        if k != self.at:
+            self.at = k
+            self.lay(self.rows[k])
 
     def __getitem__(self, name):
         if name in self.stale:

@@ -134,7 +134,7 @@ UPDATES = {
 def test_average(count, dtype, rng):
     rows = rng.standard_normal((count, 5000)).astype(dtype)
     want = rows.copy()
-    want[:, 7:4321] = rows[:, 7:4321].mean(0)
+    want[0, 7:4321] = rows[:, 7:4321].mean(0)
     kernels.average(rows, 7, 4321)
     assert_close(rows, want, PRECISION[dtype])
 
