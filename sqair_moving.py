@@ -207,7 +207,7 @@ def join(*pieces):
 def pool(x):
     """Means of 2 x 2 pixels, flattened. Only frames are pooled: no gradient is needed."""
     half = x.shape[2] // 2 * 2
-    rows = x[:, :, 0:half:2] + x[:, :, 1:half:2]                    # (B, 1, S/2, S)
+    rows = x[:, :, 0:half:2] + x[:, :, 1:half:2]                    # (..., 1, S/2, S)
     return ((rows[..., 0:half:2] + rows[..., 1:half:2]) * 0.25).reshape(len(x), -1)
 
 
@@ -227,18 +227,18 @@ def cnn(p, x, want_dx):
 
 
 def features(p, cfg, name, x):
-    """What a frame (`look`) or a glimpse (`encode`) shows."""
+    """What frames (`look`) or glimpses (`encode`) show; frames need no gradient."""
+    seen, want_dx = pool(x) if name == "look" else x, name == "encode"
     if cfg.net == "conv":
-        x, back_x = cnn(p, x, want_dx=name == "encode")
-    elif name == "look":
-        x = pool(x)
-    e, back_e = mlp(p, name, x.reshape(len(x), math.prod(x.shape[1:])), last=relu)
+        seen, back_seen = cnn(p, x, want_dx)
+    e, back_e = mlp(p, name, seen.reshape(len(x), math.prod(seen.shape[1:])), relu, relu,
+                    want_dx or cfg.net == "conv")
 
     def back(de, g):
-        dx = back_e(de, g).reshape(x.shape)
+        dseen = back_e(de, g)
         if cfg.net == "conv":
-            dx = back_x(dx, g)
-        return dx
+            dseen = back_seen(dseen.reshape(seen.shape), g)
+        return dseen.reshape(x.shape) if want_dx else None
 
     return e, back
 
@@ -558,10 +558,9 @@ def discover(p, cfg, x, a, d, z, later, eps):
     return trace, d, z, back
 
 
-def discover_all(p, cfg, x, l, y, free, later, noise):
+def discover_all(p, cfg, x, e, l, y, free, later, noise):
     """D steps; step i is possible in videos with at least i free slots."""
     B, D = len(x), cfg.later if later else cfg.slots
-    e, back_e = features(p, cfg, "look", x)                         # (B, H)  eq.10
     a = join(e, l)                                                  # (B, H+128)
     d, z = xp.zeros((B, cfg.hidden), x.dtype), xp.zeros((B, 4 + cfg.what), x.dtype)
     traces, zs, ys, backs = [], [], [y], []
@@ -584,8 +583,7 @@ def discover_all(p, cfg, x, l, y, free, later, noise):
             da = da + da_i
             dy = dy + dy_before                                                     # eq.12
         de, dl = split(da, cfg.hidden, 128)
-        back_e(de, g)                                                               # eq.10
-        return dl, dy
+        return de, dl, dy
 
     return traces, zs, ys, back
 
@@ -608,8 +606,8 @@ def log_posterior(logits):
             + xp.concatenate([no, nothing]))                        # (D+1, B)
 
 
-def frame(p, cfg, x, state, noise, first):
-    """Carry objects over, find new ones, and sort both into slots."""
+def frame(p, cfg, x, e, state, noise, first):
+    """Carry objects over, find new ones, and sort both into slots. e (B, H) is what x shows."""
     B, F = len(x), state.s.shape[2]
     kept, new, at, y, back_kept = propagate_all(p, cfg, x, state, noise)
     z = xp.concatenate([xp.zeros_like(x[:0, 0, 0, 0]), *(t.z for t in kept)])       # (M,)
@@ -620,7 +618,7 @@ def frame(p, cfg, x, state, noise, first):
     age[at] = z * (state.age[at] + 1)
     name, named = xp.where(there > 0, state.name, -1), state.named
     free = cfg.slots - there.sum(1)                                 # (B,)
-    found, zs, ys, back_found = discover_all(p, cfg, x, l, y, free, not first, noise)
+    found, zs, ys, back_found = discover_all(p, cfg, x, e, l, y, free, not first, noise)
     log_q = log_posterior(xp.stack([t.logit for t in found]))       # (D+1, B)
     n = (xp.cumsum(xp.exp(log_q[:-1]), 0) < noise.uniform[-1]).sum(0)   # (B,)  n ~ q
     empty = xp.argsort(there * cfg.slots + xp.arange(cfg.slots), 1)     # (B, N)  free slots first
@@ -640,12 +638,12 @@ def frame(p, cfg, x, state, noise, first):
         dzs = []
         for r, k in reversed(places):
             dzs.append(latents_of(cfg, ds, r, k))
-        dl, dy = back_found(slope.found_logits, slope.found_costs, slope.ys, dzs[::-1], g)
+        de, dl, dy = back_found(slope.found_logits, slope.found_costs, slope.ys, dzs[::-1], g)
         dwhere, dwhat = back_l(dl, g)                                               # eq.9
         dnew = z[:, None] * ds[at]
         dnew[:, :3] += dwhere
         dnew[:, 6:6 + cfg.what] += dwhat
-        return back_kept(slope.kept_logits, slope.kept_costs, dy, dnew, g)
+        return de, back_kept(slope.kept_logits, slope.kept_costs, dy, dnew, g)
 
     return trace, after, back
 
@@ -798,23 +796,27 @@ OBJECTIVES = {"fast": fast, "vimco": vimco}
 
 def unroll(p, cfg, xs, noise):
     """All frames: traces, states after each frame, pullbacks."""
-    state = nothing(cfg, len(xs[0]), xs[0].dtype)
+    B = len(xs[0])
+    state = nothing(cfg, B, xs[0].dtype)
+    e, back_e = features(p, cfg, "look", xp.concatenate(xs))        # (..., H)  eq.10
     traces, states, backs = [], [], []
     for t, x in enumerate(xs):
         if cfg.model == "air":
-            state = nothing(cfg, len(x), x.dtype)
-        trace, state, back_t = frame(p, cfg, x, state, noise[t],
+            state = nothing(cfg, B, x.dtype)
+        trace, state, back_t = frame(p, cfg, x, e[t * B:(t + 1) * B], state, noise[t],
                                      t == 0 or cfg.model == "air")
         traces.append(trace)
         states.append(state)
         backs.append(back_t)
 
     def back(slopes, g):
-        ds = xp.zeros_like(state.s)
+        ds, des = xp.zeros_like(state.s), []
         for back_t, slope in reversed(list(zip(backs, slopes, strict=True))):
-            ds = back_t(slope, ds, g)
+            de, ds = back_t(slope, ds, g)
+            des.append(de)
             if not cfg.through_time:
                 ds = xp.zeros_like(ds)              # the past is taken as it is
+        back_e(xp.concatenate(des[::-1]), g)                                        # eq.10
         g.flush()
 
     return traces, states, back

@@ -142,9 +142,11 @@ def test_detached_state_stops_the_past(rng):
     xs, states = list(videos.swapaxes(0, 1)), [sqair.nothing(cfg, len(videos), float)]
     states += sqair.unroll(p, cfg, xs, noise)[1]
     for t, x in enumerate(xs):
-        trace, _, back_t = sqair.frame(p, cfg, x, states[t], noise[t], t == 0)
+        e, back_e = sqair.features(p, cfg, "look", x)
+        trace, _, back_t = sqair.frame(p, cfg, x, e, states[t], noise[t], t == 0)
         alone = p.grads()
-        back_t(sqair.fast(cfg, [x], [trace], weights)[1][0], np.zeros_like(states[t].s), alone)
+        slope = sqair.fast(cfg, [x], [trace], weights)[1][0]
+        back_e(back_t(slope, np.zeros_like(states[t].s), alone)[0], alone)
         alone.flush()
         each += alone.flat
     np.testing.assert_allclose(each, g.flat, rtol=1e-9, atol=1e-12)
