@@ -3,6 +3,7 @@
 `warp`        resample an image along both axes (attention windows: read and write)
 `lstm_gates`  the elementwise half of an LSTM cell
 `adam`, `rmsprop`   one pass over all parameters
+`times_transposed`  a product with few rows, which BLAS does slowly when it is transposed
 
 The public functions at the end choose by device; tests hold the three versions together.
 Dimension key: B images, C channels, h w source size, H W target size; axis 0 of a and b is y.
@@ -13,8 +14,10 @@ import functools
 import numpy as np
 from numba import njit
 
-from common.backend import DEVICE, xp
+from common.backend import DEVICE, gemm, xp
+from common.vectors import BYTES, DOT_ROWS, DOTS, copy, dots
 
+FEW = 48                # rows of a product up to which `times_transposed` beats BLAS
 TINY = 1e-30            # moments below this are flushed to zero: denormal numbers are very slow
 
 
@@ -233,6 +236,31 @@ def _rmsprop(p, g, m, v, lr, momentum, rho, eps, scale):
 
 
 @jit
+def _times_transposed(a, b, y, offsets, a_wide, tail, sums):
+    """y = a b^T in blocks of DOT_ROWS x DOTS sums of products along rows.
+
+    Vectors may reach beyond a row's end: a_wide has zeros there, and the last rows of b, up to
+    DOTS, are copied to `tail`, so that nothing behind b is read.
+    """
+    (M, N), K, pitch = a.shape, len(b), a_wide.shape[1]
+    for m in range(M):
+        copy(a_wide, m * pitch, a, m * N, N)
+    last = (K - 1) // DOTS * DOTS
+    for k in range(last, K):
+        copy(tail, (k - last) * pitch, b, k * N, N)
+    for first in range(0, K, DOTS):
+        for m in range(0, len(a_wide), DOT_ROWS):
+            sums[:] = 0
+            if first < last:
+                dots(b, offsets, first, a_wide, m * pitch, pitch, 0, pitch, sums, 0)
+            else:
+                dots(tail, offsets, K, a_wide, m * pitch, pitch, 0, pitch, sums, 0)
+            for i in range(DOT_ROWS):
+                for j in range(min(DOTS, K - first)):
+                    y[m + i, first + j] = sums[i * DOTS + j]
+
+
+@jit
 def average(rows, start, stop):
     """The first row becomes the mean over all rows, from column start to stop."""
     part, chunk = rows.dtype.type(1 / len(rows)), 2048
@@ -419,6 +447,26 @@ def warp_back(dout, src, a, b, want_src=True):
 @functools.cache
 def halves(H, dtype):
     return np.repeat(np.array([0.5, 0.5, 1, 0.5], dtype), H)
+
+
+@functools.lru_cache(256)
+def wide(M, N, K, dtype):
+    """What `_times_transposed` needs beside its arguments."""
+    lanes = BYTES // dtype.itemsize
+    rows, pitch = -(-M // DOT_ROWS) * DOT_ROWS, -(-N // lanes) * lanes
+    offsets = np.concatenate([np.arange(K) * N, np.arange(DOTS) * pitch])
+    return (offsets, np.zeros((rows, pitch), dtype), np.zeros((DOTS, pitch), dtype),
+            np.zeros(-(-DOT_ROWS * DOTS // lanes) * lanes, dtype))
+
+
+def times_transposed(a, b):
+    """a b^T"""
+    if DEVICE == "gpu" or len(a) > FEW or a.shape[1] < BYTES // b.itemsize:
+        return gemm(a, b.T)
+    needs = wide(*a.shape, len(b), b.dtype)
+    y = np.empty((len(needs[1]), len(b)), b.dtype)
+    _times_transposed(np.ascontiguousarray(a, b.dtype), b, y, *needs)
+    return y[:len(a)]
 
 
 def lstm_gates(u, c):

@@ -11,7 +11,7 @@ Dimension key: B rows, I inputs, O outputs, H hidden units, K latent dimensions,
 import math
 
 from common.backend import gemm, xp
-from common.kernels import lstm_gates, lstm_gates_back
+from common.kernels import lstm_gates, lstm_gates_back, times_transposed
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -99,7 +99,7 @@ def linear(p, name, x, want_dx=True):
 
     def back(dy, g):
         g.queue(name, x, dy)                            # dW = x^T dy, db = sum dy
-        return gemm(dy, W.T) if want_dx else None
+        return times_transposed(dy, W) if want_dx else None
 
     return y, back
 
