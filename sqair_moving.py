@@ -7,6 +7,7 @@ each frame: PROPagation carries every object over from the last frame, DISCovery
 The equations that tag the lines below (forward and backward alike), with the paper's algorithms:
 
     eq.1   p(z_t^i | z_{t-1}^i) = N(z_where + velocity, ..) N(z_what + .., ..)           prior
+           of what is about to hit a wall, z_{t-1} is seen in that wall (`--walls`)
            proposal = z_where + velocity + .1 W h_{t-1}^i        where to look first (Alg. 2, 6)
     eq.2   e^ = encoder(read(x_t, proposal))                                         (Alg. 2, 7-8)
     eq.3   r_i = RNN(e^, z_{t-1}^i, h_{t-1}^i, z_t^j, r_j)       relations           (Alg. 2, 9)
@@ -17,6 +18,7 @@ The equations that tag the lines below (forward and backward alike), with the pa
     eq.8   z_pres_t^i ~ Bernoulli(sigmoid(MLP(h, e, z_what, z_where)))               (Alg. 2, 15)
     eq.9   l_t = sum_i MLP(z_what_t^i, z_where_t^i)              what is known  (Alg. 3, 4; Eq. 6)
     eq.10  d_i = RNN(x_t, l_t, z^{i-1}, d_{i-1}) -> z_pres, z_where                  (Alg. 3, 6-9)
+           with `--refine` that z_where is where to look first, and MLP(d_i, e^) moves on from it
     eq.11  z_what ~ N(code(encoder(read(x_t, z_where))))                             (Alg. 3, 11-13)
     eq.12  y_t = sum_i write(decoder(z_what^i), z_where^i)                           (Alg. 1)
     eq.13  log p(x_t | z_t) = log N(x_t; y_t, sigma^2)
@@ -77,6 +79,9 @@ class Config:
     vimco_from: int = cli.option(1, "vimco: shortest video that it trains on; fast below", low=1)
     through_time: bool = cli.option(False, "gradients flow from frame to frame")
     explain_away: bool = cli.option(True, "propagation sees the frame less the other objects")
+    refine: bool = cli.option(False, "discovery corrects by a first glimpse where to look (not "
+                              "while videos are one frame)")
+    walls: bool = cli.option(False, "the prior lets objects bounce, off walls that it learns")
     net: str = cli.option("mlp", "encoders and decoder", choices=("mlp", "conv"))
     data: str = cli.option("digits", "what moves (digits: MNIST, or drawn without it)",
                            choices=("digits", "drawn"))
@@ -121,7 +126,8 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"steps": 12_000, "starts": (0, 3000), "eval_every": 1000},
+    "long": {"walls": True, "refine": True, "steps": 11_000, "lengths": (1, 5, 10),
+             "starts": (0, 1600, 9000), "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
     "conv": {"net": "conv", "units": 128, "hidden": 128},
@@ -159,9 +165,9 @@ def init(cfg, seed):
         layer("decode.0", K, 256, RELU)
         layer("decode.1", 256, 32 * (G // 4) ** 2, RELU)
         kernel("paint.0", 32, 32)
-        kernel("paint.1", 32, 4 * 64)                               # 4 maps become 2 x 2 pixels
-        kernel("paint.2", 64, 4 * 64)
-        kernel("paint.3", 64, 1, OUT, -3.0)                         # a dark patch to begin with
+        kernel("paint.1", 32, 4 * 32)                               # 4 maps become 2 x 2 pixels
+        kernel("paint.2", 32, 4 * 32)
+        kernel("paint.3", 32, 1, OUT, -3.0)                         # a dark patch to begin with
     else:
         layer("decode.0", K, U, RELU)
         layer("decode.1", U, U, RELU)
@@ -190,6 +196,11 @@ def init(cfg, seed):
     layer("gate", U + Q + Q, 3 * K, SMALL, [0.0] * 2 * K + [-1.0] * K)      # g, add, log std
     layer("stay.0", Q + U + Z, 64, RELU)
     layer("stay.1", 64, 1, SMALL, 5.0)
+    if cfg.refine:
+        layer("refine.0", H + U, Q, RELU)
+        layer("refine.1", Q, 6, SMALL)
+    if cfg.walls:
+        layer("wall", K, 4, SMALL, [-2.0] * 2 + [2.0] * 2)          # left, upper; right, lower
     return arrays
 
 
@@ -359,6 +370,32 @@ def residual(x, y):
 
 # ================================================================ propagation (Algorithm 2)
 
+def mirrored(p, cfg, s):
+    """The past of objects about to hit a wall, seen in that wall: a bounce is a straight line.
+
+    Where the walls of an object's centre are depends on what it is.
+    """
+    wall, back_wall = linear(p, "wall", s[:, 6:6 + cfg.what])       # (M, 4)  eq.1
+    low, high = wall[:, :2], wall[:, 2:]            # (M, 2), (M, 2)
+    where, velocity = s[:, 1:3], s[:, 4:6]          # (M, 2), (M, 2)
+    below = (where + velocity < low) & (velocity < 0)               # (M, 2)
+    above = (where + velocity > high) & (velocity > 0)              # (M, 2)
+    turn = xp.where(below | above, -1, 1).astype(s.dtype)           # (M, 2)
+    past = s.copy()                                 # (M, F)
+    past[:, 1:3] = turn * where + 2 * (below * low + above * high)
+    past[:, 4:6] = turn * velocity
+
+    def back(dpast, g):
+        dwhere = dpast[:, 1:3]
+        dwhat = back_wall(2 * join(below * dwhere, above * dwhere), g)              # eq.1
+        ds = dpast.copy()
+        ds[:, 1:3], ds[:, 4:6] = turn * dwhere, turn * dpast[:, 4:6]
+        ds[:, 6:6 + cfg.what] += dwhat
+        return ds
+
+    return past, back
+
+
 def expect(p, cfg, s, age):
     """Before the frame is seen: each object's prior, and where to look for it first.
 
@@ -464,6 +501,8 @@ def propagate_all(p, cfg, x, state, noise):
     B, K, Q = len(x), cfg.what, cfg.memory
     slots, rows = xp.nonzero(state.there.T)         # (M,), (M,)
     s0, age = state.s[rows, slots], state.age[rows, slots]          # (M, F), (M,)
+    if cfg.walls:
+        s0, back_mirror = mirrored(p, cfg, s0)      # (M, F)
     ends = [0, *np.cumsum(to_host(state.there.sum(0)).astype(int)).tolist()]
     taken = [(i, slice(*k)) for i, k in enumerate(pairwise(ends)) if k[0] < k[1]]
     proposal, mean0, log_std0, memory, back_expect = expect(p, cfg, s0, age)
@@ -500,8 +539,11 @@ def propagate_all(p, cfg, x, state, noise):
             ds0[k], dahead_k, drelation[r] = back_k(dlogit, dcost, ddrawn, ds[k], drelation[r], g)
             for d, d_k in zip(dahead, dahead_k, strict=True):
                 d[k] = d_k
+        ds0 = ds0 + back_expect(*dahead, g)
+        if cfg.walls:
+            ds0 = back_mirror(ds0, g)
         dstate = xp.zeros_like(state.s)
-        dstate[rows, slots] = ds0 + back_expect(*dahead, g)
+        dstate[rows, slots] = ds0
         return dstate
 
     return traces, xp.concatenate(new), (rows, slots), y, back
@@ -531,7 +573,12 @@ def discover(p, cfg, x, a, d, z, later, eps):
     d, back_d = rnn(p, "discover", a, join(d, z), elu)              # (B, H)  eq.10
     head, back_head = linear(p, "head", d)                          # (B, 7)  eq.10
     logit = head[:, 0] + (p["later.b"] if later else 0)             # (B,)  eq.10
-    where, cost_where, back_where = latent(head[:, 1:4], head[:, 4:], eps[:, :3], zero, zero,
+    place = head[:, 1:]                             # (B, 6)
+    if cfg.refine:
+        e0, back_e0 = glimpse_of(p, cfg, x, head[:, 1:4])           # (B, U)  eq.10
+        delta, back_delta = mlp(p, "refine", join(d, e0))           # (B, 6)  eq.10
+        place = place + delta                       # (B, 6)
+    where, cost_where, back_where = latent(place[:, :3], place[:, 3:], eps[:, :3], zero, zero,
                                            sampled)                 # (B, 3), (B,)  eq.10
     e, back_e = glimpse_of(p, cfg, x, where)                        # (B, U)  eq.11
     code, back_code = linear(p, "code", e)                          # (B, 2K)  eq.11
@@ -548,6 +595,10 @@ def discover(p, cfg, x, a, d, z, later, eps):
         de = back_code(join(dcode, dlog_std), g)                                    # eq.11
         dwhere_seen = back_e(de, g)                                                 # eq.11
         dmean, dlog_std, _, _ = back_where(dwhere + dwhere_drawn + dwhere_seen, dcost)  # eq.10
+        if cfg.refine:
+            dd_delta, de0 = split(back_delta(join(dmean, dlog_std), g),
+                                  cfg.hidden, cfg.units)                            # eq.10
+            dmean, dd = dmean + back_e0(de0, g), dd + dd_delta                      # eq.10
         if later:
             g["later.b"][...] += dlogit.sum()                                       # eq.10
         dd_head = back_head(join(dlogit[:, None], dmean, dlog_std), g)              # eq.10
@@ -983,7 +1034,7 @@ def tight_bound(p, cfg, parts):
     return total / count
 
 
-def addition(p, cfg, *glyphs, count=(16_000, 1000)):
+def addition(p, cfg, *glyphs, count=(60_000, 2000)):
     """Accuracy of a classifier that adds the digits of a frame from z_what (supplement D.4)."""
     sets = []
     for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
@@ -991,7 +1042,7 @@ def addition(p, cfg, *glyphs, count=(16_000, 1000)):
         for start in range(0, n, 100):
             some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
             what = infer_videos(p, cfg, some.images).what
-            features.append(what.reshape(100 * cfg.frames, -1))
+            features.append(what.reshape(-1, cfg.slots, cfg.what).astype(np.float16))
             sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
         sets.append((np.concatenate(features), np.concatenate(sums)))
     return probe(*sets, classes=9 * max(cfg.counts) + 1)
@@ -1006,6 +1057,8 @@ def imagine(p, cfg, state, noise):
     s, age = state.s[rows, slots], state.age[rows, slots]           # (M, F), (M,)
     videos = xp.zeros((len(state.s), len(noise), 1, cfg.canvas, cfg.canvas), s.dtype)
     for t, eps in enumerate(noise):
+        if cfg.walls:
+            s, _ = mirrored(p, cfg, s)              # (M, F)
         _, mean, log_std, memory, _ = expect(p, cfg, s, age)        # (M, 3+K), (M, 3+K), (M, Q)
         z = mean + xp.exp(log_std) * eps[slots, rows]               # (M, 3+K)
         where0, velocity, _, h, _ = split(s, 3, 3, K, Q, Q)
@@ -1098,7 +1151,7 @@ def train(cfg, run):
         T, B = stage(cfg, step)
         start, count = share(B)
         weights = schedule(cfg, step)
-        now = replace(cfg, first=weights.first,
+        now = replace(cfg, first=weights.first, refine=cfg.refine and T > 1,
                       objective=cfg.objective if cfg.vimco_from <= T else "fast")
         batch = draw_videos(cfg, glyphs, run.seed, step * most + start, count, T)
         noise = draw_noise(now, T, B, run.seed, step, start, count)

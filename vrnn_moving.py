@@ -478,14 +478,15 @@ def tight_bound(p, cfg, parts):
     return float(np.mean(bounds))
 
 
-def addition(p, cfg, *glyphs, count=(4000, 500)):
+def addition(p, cfg, *glyphs, count=(60_000, 2000)):
     """Accuracy of a classifier that adds the digits of a frame from the mean of z (D.4)."""
     sets = []
     for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
         features, sums = [], []
         for start in range(0, n, 100):
             some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
-            features.append(infer_videos(p, cfg, some.images)[0].reshape(-1, cfg.latent))
+            mean, _ = infer_videos(p, cfg, some.images)
+            features.append(mean.reshape(-1, 1, cfg.latent).astype(np.float16))
             sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
         sets.append((np.concatenate(features), np.concatenate(sums)))
     return probe(*sets, classes=9 * max(cfg.counts) + 1)
