@@ -72,6 +72,8 @@ class Config:
     data: str = cli.option("tetris", "what the scenes show",
                            choices=("tetris", "dsprites", "binary", "shapes"))
     canvas: int = cli.option(35, "side of the scene in pixels (tetris: 35, shapes: 28)", low=8)
+    ground: str = cli.option("black", "what is subtracted from images and added to what is drawn; "
+                             "median: its median colour", choices=("black", "median"))
     objects: tuple[int, ...] = cli.option((3,), "object counts of a scene", low=1, high=15)
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
@@ -118,6 +120,7 @@ PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
     "long": {"steps": 200_000, "eval_every": 5000},
+    "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3)},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
@@ -467,20 +470,27 @@ def draw_scenes(cfg, seed, start, count):
     return shapes.dsprites(seed, start, count, cfg.canvas, cfg.objects, cfg.data == "dsprites")
 
 
+def ground(cfg, images):
+    """The colour that counts as black in each scene (B, C, 1, 1)."""
+    colour = np.median(images, (2, 3), keepdims=True)
+    return colour if cfg.ground == "median" else np.zeros_like(colour)
+
+
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images, key=0):
     """What the slots have become after each refinement. Host arrays in and out."""
     noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST, key)
-    traces, _ = unroll(p, cfg, to_device(images), noise, cfg.sigma, [1.0] * len(noise))
+    black = ground(cfg, images)
+    traces, _ = unroll(p, cfg, to_device(images - black), noise, cfg.sigma, [1.0] * len(noise))
     C, shape = images.shape[1], (len(images), cfg.slots)
     y = np.stack([to_host(t.y).reshape(*shape, *t.y.shape[1:]) for t in traces])
     masks = np.stack([to_host(t.pixels.mask) for t in traces])      # (T+1, B, K, S, S)
     lam = np.stack([to_host(t.lam).reshape(*shape, -1) for t in traces])    # (T+1, B, K, 2*Z)
-    means = y[:, :, :, :C]                                          # (T+1, B, K, C, S, S)
+    means = y[:, :, :, :C] + black[:, None]                         # (T+1, B, K, C, S, S)
     recon = (masks[:, :, :, None] * means).sum(2)                   # (T+1, B, C, S, S)
     bound, kl = (np.stack([to_host(getattr(t, name)) for t in traces]) for name in ("bound", "kl"))
-    return SimpleNamespace(lam=lam, y=y, masks=masks, means=means, recon=recon, elbo=-bound, kl=kl,
+    return SimpleNamespace(lam=lam, masks=masks, means=means, recon=recon, elbo=-bound, kl=kl,
                            owners=masks.argmax(2))
 
 
@@ -575,7 +585,8 @@ def learn(cfg, run):
         images = draw_scenes(cfg, run.seed, step * cfg.batch_size + start, count).images
         noise = draw_noise(cfg, cfg.batch_size, cfg.iterations, run.seed, step, start, count)
         weights = schedule(cfg, step)
-        loss, back = objective(p, cfg, to_device(images), noise, weights)
+        x = to_device(images - ground(cfg, images))
+        loss, back = objective(p, cfg, x, noise, weights)
         g.zero()
         back(g)
         unread(cfg, g)

@@ -146,7 +146,7 @@ def pca(p, cfg, path):
 def traversals(p, cfg, path, scene=0, steps=7):
     """The dimensions with most KL in the slot of an object, each through its prior's range."""
     images = iodine.draw_scenes(cfg, iodine.TEST, scene, 1).images
-    guess, Z = iodine.infer_scenes(p, cfg, images), cfg.latents
+    guess, black, Z = iodine.infer_scenes(p, cfg, images), iodine.ground(cfg, images), cfg.latents
     z, log_std = guess.lam[-1, 0, :, :Z], guess.lam[-1, 0, :, Z:]
     kl = (z**2 + np.exp(2 * log_std) - 1) / 2 - log_std             # of each slot and dimension
     slot = foreground(guess.owners[-1, 0], cfg.slots)
@@ -154,7 +154,7 @@ def traversals(p, cfg, path, scene=0, steps=7):
     for d in np.argsort(-kl[slot])[:SHOWN]:
         moved = np.repeat(z[None], steps, 0)
         moved[:, slot, d] = np.linspace(-REACH, REACH, steps)
-        rows.append((f"{kl[slot, d]:.1f} nats", drawn_by(p, cfg, moved)))
+        rows.append((f"{kl[slot, d]:.1f} nats", drawn_by(p, cfg, moved) + black))
     interpolations(path, rows)
     return {"KL of those shown": np.sort(kl[slot])[:-SHOWN - 1:-1].round(2).tolist()}
 

@@ -249,6 +249,17 @@ def test_scenes_fit_the_model(data, canvas, shape):
     assert all(len(v) == cfg.test_iterations + 1 and np.isfinite(v).all() for v in found.values())
 
 
+def test_a_median_ground_counts_as_black():
+    """A scene on grey is found as on black, and drawn on its grey."""
+    cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=2, ground="median")
+    p, images = Params(iodine.init(cfg, 0)), iodine.draw_scenes(cfg, 0, 0, 2).images
+    black, grey = (iodine.infer_scenes(p, cfg, a) for a in (images, images + np.float32(0.25)))
+    np.testing.assert_allclose(grey.masks, black.masks, atol=1e-4)
+    np.testing.assert_allclose(grey.recon, black.recon + 0.25, atol=1e-4)
+    np.testing.assert_allclose(iodine.ground(cfg, images + np.float32(0.25)), 0.25)
+    assert not iodine.ground(replace(cfg, ground="black"), images + 1).any()
+
+
 def test_objects_are_told_from_the_ground():
     owners = np.full((6, 8), 2)
     owners[1:3, 2:5] = 0
