@@ -19,6 +19,7 @@ SMALL = {"canvas": 32, "patch": 9, "crop": 8, "what": 3, "trunk": (2, 3), "encod
          "units": 5, "decoder": (4, 6)}
 PAPER = {"formulation": "paper", "patch": 16, "unet": (4, 4, 8), "maps": (3, 4, 4, 3),
          "stages": (4, 4, 4, 8, 4, 4)}
+TURNS = {"formulation": "turns", "data": "sprites", "colours": "shaded", "reach": 0.5, "nudge": 0.3}
 WEIGHTS = SimpleNamespace(std=0.3, gamma=0.7)
 
 
@@ -54,6 +55,14 @@ def check_objective(p, cfg, x, noise, weights, rng):
 @pytest.mark.parametrize("objects", [1, 2, 3])
 def test_objective_gradients(objects, rng):
     cfg, p, x, noise = setting(objects=objects)
+    check_objective(p, cfg, x, noise, WEIGHTS, rng)
+
+
+@pytest.mark.parametrize("colours", ["flat", "shaded"])
+@pytest.mark.parametrize("objects", [2, 3])
+def test_turns_objective_gradients(objects, colours, rng):
+    """Where to look is chosen among cells, and a choice has no gradient."""
+    cfg, p, x, noise = setting(**{**TURNS, "objects": objects, "colours": colours})
     check_objective(p, cfg, x, noise, WEIGHTS, rng)
 
 
