@@ -63,7 +63,7 @@ def test_objective_gradients(objects, rng):
 def test_turns_objective_gradients(objects, colours, rng):
     """Where to look is chosen among cells, and a choice has no gradient."""
     cfg, p, x, noise = setting(**{**TURNS, "objects": objects, "colours": colours})
-    check_objective(p, cfg, x, noise, WEIGHTS, rng)
+    check_objective(p, cfg, x, noise, SimpleNamespace(std=1.0, gamma=0.7), rng)
 
 
 def test_paper_objective_gradients(rng, monkeypatch):
@@ -126,7 +126,7 @@ def test_scene_prior_gradients(rng):
         assert g[name].any() and error < BOUND, (name, error)
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER], ids=["fast", "paper"])
+@pytest.mark.parametrize("changes", [{}, TURNS, PAPER], ids=["fast", "turns", "paper"])
 def test_scenes_are_imagined_within_the_picture(changes, rng):
     cfg = depth.Config(**{**SMALL, **changes})
     p = Params(depth.init(cfg, 0))
@@ -136,7 +136,7 @@ def test_scenes_are_imagined_within_the_picture(changes, rng):
 
 def test_what_is_inferred_is_what_is_rendered(rng):
     """The generative model alone, given the latents of a scene, paints its reconstruction."""
-    for changes in ({}, PAPER):
+    for changes in ({}, TURNS, PAPER):
         cfg = depth.Config(**{**SMALL, **changes})
         p = Params(depth.init(cfg, 0))
         found = depth.infer_scenes(p, cfg, rng.random((3, 3, 32, 32), np.float32))
@@ -154,6 +154,25 @@ def test_piece_gradients(rng):
     for J in (1, 2, 3, 4):
         depths = rng.standard_normal((2, J))
         assert pullback_error(lambda d: depth.order_posterior(d, 0.7), [depths]) < BOUND
+
+
+# ---------------------------------------------------------------- where to look next
+
+def test_looks_at_what_is_unexplained(rng):
+    """At the largest error, or by chance as often as it is large; never at what is taken."""
+    x, background = np.zeros((500, 3, 32, 32)), np.zeros((500, 3, 32, 32))
+    left = np.ones((500, 1, 32, 32))
+    x[:, :, 4:6, 6:8], x[:, 1, 20:22, 30:32] = 0.3, 0.9     # errors of .27 and .81 in two cells
+    where, tint = depth.unexplained(x, background, left, None, 1.0)
+    np.testing.assert_allclose(where, [[15.5 / 8 - 1, 10.5 / 8 - 1]] * 500)
+    np.testing.assert_allclose(tint, [[0, 0.9, 0]] * 500)
+    left[:, :, 20:22] = 0
+    _, tint = depth.unexplained(x, background, left, None, 1.0)
+    np.testing.assert_allclose(tint, [[0.3, 0.3, 0.3]] * 500)
+    uniform = rng.random((500, depth.A**2))
+    for sharp, share in ((1.0, 0.75), (2.0, 0.9)):
+        _, tint = depth.unexplained(x, background, np.ones_like(left), uniform, sharp)
+        assert abs((tint[:, 1] == 0.9).mean() - share) < 0.06
 
 
 # ---------------------------------------------------------------- who is in front
