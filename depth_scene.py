@@ -1049,7 +1049,8 @@ def imagine(p, cfg, count, rng):
     v = np.concatenate([where, drawn("prior.what", np.concatenate([y[:, half:], where], 1))], 1)
     v = mean + std * v
     return render(p, cfg, v[:, :2 * J].reshape(count, J, 2),
-                  v[:, 2 * J:-J].reshape(count, J, -1), v[:, -J:])
+                  v[:, 2 * J:-J].reshape(count, J, -1), v[:, -J:],
+                  rng.standard_normal((count, cfg.background), np.float32))
 
 
 def train_prior(p, cfg, seed, batch=128, scenes=8000):
@@ -1261,13 +1262,17 @@ def walk(p, cfg, found, steps, moving):
     return compose(render(p, cfg, **mixed))
 
 
-def render(p, cfg, where, z, depth):
-    """The generative model alone: latents (B, J, ..) to layers. Host arrays in and out."""
+def render(p, cfg, where, z, depth, far=None):
+    """The generative model alone: latents (B, J, ..) to layers. Host arrays in and out.
+
+    `far` are codes of backgrounds (B, D), by default their prior's mean.
+    """
     B, J, N = *depth.shape, cfg.canvas
     z, where = to_device(z.reshape(B * J, -1)), where.reshape(B * J, 2)
     background = xp.zeros((B, C, 1, 1), z.dtype)
     if cfg.formulation != "fast":
-        background, _ = draw_background(p, cfg, xp.zeros((B, cfg.background), z.dtype))
+        far = np.zeros((B, cfg.background), np.float32) if far is None else far
+        background, _ = draw_background(p, cfg, to_device(far))
     if cfg.formulation != "paper":
         alpha, colour, _ = draw(p, cfg, z)
         window = window_at(to_device(where), cfg.patch / N)

@@ -47,8 +47,9 @@ def check_objective(p, cfg, x, noise, weights, rng):
             assert np.abs(g[name]).max() < 1e-10
             continue
         assert g[name].any(), name
+        eps = EPS / 10 if name.startswith("far") else EPS   # five normalisations curve more
         error = directional(lambda: depth.objective(p, cfg, x, noise, weights)[0], p[name],
-                            g[name], rng, EPS)
+                            g[name], rng, eps)
         assert error < BOUND, (name, error)
 
 
@@ -60,9 +61,11 @@ def test_objective_gradients(objects, rng):
 
 @pytest.mark.parametrize("colours", ["flat", "shaded"])
 @pytest.mark.parametrize("objects", [2, 3])
-def test_turns_objective_gradients(objects, colours, rng):
+def test_turns_objective_gradients(objects, colours, rng, monkeypatch):
     """Where to look is chosen among cells, and a choice has no gradient."""
-    cfg, p, x, noise = setting(**{**TURNS, "objects": objects, "colours": colours})
+    monkeypatch.setattr(depth, "relu", tanh)
+    cfg, p, x, noise = setting(seed=4, **{**TURNS, "objects": objects, "colours": colours})
+    x = np.random.default_rng(9).random(x.shape)
     check_objective(p, cfg, x, noise, SimpleNamespace(std=1.0, gamma=0.7), rng)
 
 
