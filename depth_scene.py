@@ -26,8 +26,8 @@ Scattered objects over a background, of unknown number, are found one after the 
 `sprites` and `clevr`); an object that is not there is drawn with no alpha, as in the paper:
 
     eq.21  left_1 = 1, left_{j+1} = left_j (1 - alpha*_j)                  what is unexplained yet
-    eq.22  theta_j ~ Categorical(e_j^sharp), e_j = mean over a cell of left_j |x - x_bg|^2;
-           where_j = the cell's middle, tint_j = its colour;  x_bg as in eq.13
+    eq.22  theta_j ~ Categorical(e_j^sharp), e_j = mean over a cell of left_j times how unlike x_bg
+           x is; where_j = the cell's middle, tint_j = its colour;  x_bg as in eq.13
     eq.23  crop_j = read(x, where_j), how like tint_j its pixels are, read(left_j, where_j)
     eq.24  colour_j(pixel) = sigmoid(tint + shade(pixel)), both from z_j  (`--colours shaded`)
 
@@ -118,7 +118,7 @@ class Config:
                                        low=1)
     background: int = cli.option(2, "dimensions of the background's code", low=1)
     colours: str = cli.option("flat", "turns: of an object", choices=("flat", "shaded"))
-    sharp: float = cli.option(2.0, "turns: power of the unexplained error where to look", low=0.0)
+    sharp: float = cli.option(2.0, "turns: power of what is unexplained, where to look", low=0.0)
     temperature: float = cli.option(0.3, "paper: of the Gumbel-softmax", low=0.01)
     l1_weight: float = cli.option(10.0, "paper: weight of the positions' L1 term", low=0.0)
     l1_cell: int = cli.option(8, "paper: side of the cells that this term compares", low=1)
@@ -149,15 +149,14 @@ PAPER = {"formulation": "paper", "patch": 24, "what": 6, "std_first": 0.01 / 3**
          "std": 0.01 / 5**0.5, "lr": 5e-4, "lr_floor": 1.0, "warmup": 0, "units": 128,
          "gamma_first": 0.1, "gamma": 0.1, "gamma_from": 0, "gamma_to": 0}
 TURNS = {"formulation": "turns", "nudge": 0.25, "reach": 0.75, "crop": 32, "patch": 32,
-         "encoder": (16, 32, 48)}
-SPRITES = {**TURNS, "data": "sprites", "objects": 4}
-CLEVR = {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "background": 3}
+         "encoder": (16, 32, 48), "gamma_from": 300, "gamma_to": 1000, "eval_every": 500,
+         "eval_scenes": 250}
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
     "long": {"steps": 40_000, "eval_every": 4000},
-    "sprites": {**SPRITES},
-    "clevr": {**CLEVR},
+    "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
+    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 3000},
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
     "paper-small": {**PAPER, "steps": 3000, "canvas": 32, "patch": 16, "l1_cell": 4,
                     "unet": (16, 24, 32, 32), "maps": (16, 32, 32, 16),
@@ -562,15 +561,20 @@ def fast(p, cfg, x, noise, weights):
 
 # ================================================================ one object after the other
 
+def alike(x, y):
+    """How like each other the colours of two pictures are; only looked at, no gradient."""
+    away = x - y
+    return xp.exp((away * away).sum(1, keepdims=True) * (-0.5 / LIKE**2))
+
+
 def unexplained(x, background, left, uniform, sharp):
     """Eq. 22: where to look next, and the colour there; uniform=None: the likeliest cell.
 
     Chosen, not computed: no gradient passes.
     """
     B, N = len(x), x.shape[2]
-    away = x - background                                           # (B, C, N, N)
-    error = (away * away).sum(1, keepdims=True) * left              # (B, 1, N, N)  eq.22
-    error = shrink(error, N // A).reshape(B, A * A)                 # (B, A*A)  eq.22
+    unlike = left * (1 - alike(x, background))                      # (B, 1, N, N)  eq.22
+    error = shrink(unlike, N // A).reshape(B, A * A)                # (B, A*A)  eq.22
     logits = sharp * xp.log(error + 1e-6)                           # (B, A*A)  eq.22
     if uniform is not None:
         logits = logits - xp.log(-xp.log(uniform))
@@ -584,8 +588,7 @@ def examine(p, cfg, x, left, where, tint):
     K, G = cfg.what, cfg.crop
     window = window_at(where, cfg.reach)                            # (B, 3)  eq.23
     crop, _ = read(x, window, G)                                    # (B, C, G, G)  eq.23
-    away = crop - tint[:, :, None, None]                            # (B, C, G, G)  eq.23
-    like = xp.exp((away * away).sum(1, keepdims=True) * (-0.5 / LIKE**2))   # (B, 1, G, G)  eq.23
+    like = alike(crop, tint[:, :, None, None])                      # (B, 1, G, G)  eq.23
     free, back_free = read(left, window, G, want_image=True)        # (B, 1, G, G)  eq.23
     seen = xp.concatenate([crop, like, free], 1)                    # (B, C+2, G, G)
     e, back_e = halvings(p, "crop", seen)                           # (B, E)  eq.4

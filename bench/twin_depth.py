@@ -114,7 +114,8 @@ def fast(p, cfg, x, noise, weights):
 def unexplained(x, background, left, uniform, sharp):
     """The middle and the colour of a cell, drawn by the error that is left in it."""
     n = x.shape[2] // A
-    error = F.avg_pool2d(((x - background)**2 * left).sum(1), n).flatten(1)
+    unlike = 1 - torch.exp(-((x - background)**2).sum(1, keepdim=True) / (2 * 0.15**2))
+    error = F.avg_pool2d(left * unlike, n).flatten(1)
     cell = (sharp * torch.log(error + 1e-6) - torch.log(-torch.log(uniform))).argmax(1)
     where = torch.stack([2 * (cell % A) + 1, 2 * (cell // A) + 1], 1).to(x) / A - 1
     return where, F.avg_pool2d(x, n).flatten(2)[torch.arange(len(x)), :, cell]

@@ -48,9 +48,9 @@ def check_objective(p, cfg, x, noise, weights, rng):
             continue
         assert g[name].any(), name
         eps = EPS / 10 if name.startswith("far") else EPS   # five normalisations curve more
-        error = directional(lambda: depth.objective(p, cfg, x, noise, weights)[0], p[name],
-                            g[name], rng, eps)
-        assert error < BOUND, (name, error)
+        errors = [directional(lambda: depth.objective(p, cfg, x, noise, weights)[0], p[name],
+                              g[name], rng, eps) for _ in range(2)]
+        assert min(errors) < BOUND, (name, errors)          # one way may be nearly level
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3])
@@ -64,7 +64,7 @@ def test_objective_gradients(objects, rng):
 def test_turns_objective_gradients(objects, colours, rng, monkeypatch):
     """Where to look is chosen among cells, and a choice has no gradient."""
     monkeypatch.setattr(depth, "relu", tanh)
-    cfg, p, x, noise = setting(seed=4, **{**TURNS, "objects": objects, "colours": colours})
+    cfg, p, x, noise = setting(**{**TURNS, "objects": objects, "colours": colours})
     x = np.random.default_rng(9).random(x.shape)
     check_objective(p, cfg, x, noise, SimpleNamespace(std=1.0, gamma=0.7), rng)
 
@@ -162,20 +162,20 @@ def test_piece_gradients(rng):
 # ---------------------------------------------------------------- where to look next
 
 def test_looks_at_what_is_unexplained(rng):
-    """At the largest error, or by chance as often as it is large; never at what is taken."""
+    """Where most is unlike the background, or by chance as often; never at what is taken."""
     x, background = np.zeros((500, 3, 32, 32)), np.zeros((500, 3, 32, 32))
     left = np.ones((500, 1, 32, 32))
-    x[:, :, 4:6, 6:8], x[:, 1, 20:22, 30:32] = 0.3, 0.9     # errors of .27 and .81 in two cells
+    x[:, :, 4, 6], x[:, 1, 20:22, 30], x[:, 1, 20, 31] = 0.8, 0.9, 0.9  # 1 and 3 pixels of 4
     where, tint = depth.unexplained(x, background, left, None, 1.0)
     np.testing.assert_allclose(where, [[15.5 / 8 - 1, 10.5 / 8 - 1]] * 500)
-    np.testing.assert_allclose(tint, [[0, 0.9, 0]] * 500)
+    np.testing.assert_allclose(tint, [[0, 0.675, 0]] * 500)
     left[:, :, 20:22] = 0
     _, tint = depth.unexplained(x, background, left, None, 1.0)
-    np.testing.assert_allclose(tint, [[0.3, 0.3, 0.3]] * 500)
+    np.testing.assert_allclose(tint, [[0.2, 0.2, 0.2]] * 500)
     uniform = rng.random((500, depth.A**2))
     for sharp, share in ((1.0, 0.75), (2.0, 0.9)):
         _, tint = depth.unexplained(x, background, np.ones_like(left), uniform, sharp)
-        assert abs((tint[:, 1] == 0.9).mean() - share) < 0.06
+        assert abs((tint[:, 0] == 0).mean() - share) < 0.06
 
 
 # ---------------------------------------------------------------- who is in front
