@@ -142,6 +142,7 @@ class Config:
     clip: float = cli.option(200.0, "largest norm of a gradient", low=0.0)
     eval_every: int = cli.option(1000, "updates between two lines of metrics", low=1)
     eval_scenes: int = cli.option(500, "validation scenes for each line of metrics", low=1)
+    refine: int = cli.option(0, "gradient steps on each scene's latents when it is read", low=0)
     test_scenes: int = cli.option(1000, "fresh scenes for the final score", low=1)
 
 
@@ -168,6 +169,8 @@ C, GROUPS = 3, 4        # colours; groups of channels that are normalised togeth
 
 def check(cfg):
     """What no single flag can see."""
+    if cfg.refine and cfg.formulation == "paper":
+        raise Fail("--refine is not for the paper's own formulation")
     if cfg.formulation != "paper":
         if cfg.crop < 2**len(cfg.encoder):
             raise Fail(f"--crop {cfg.crop} is too small to be halved {len(cfg.encoder)} times")
@@ -492,6 +495,24 @@ def draw(p, cfg, z):
     return alpha.reshape(R, 1, M, M), colour, back
 
 
+def paint(p, cfg, z, where):
+    """An object's shape on the whole canvas, and its colour, flat or there too."""
+    N = cfg.canvas
+    alpha, colour, back_draw = draw(p, cfg, z)                      # eq.5
+    flat = colour.shape[-1] == 1
+    layer = alpha if flat else xp.concatenate([alpha, colour], 1)
+    window = window_at(where, cfg.patch / N)                        # (..., 3)  eq.6
+    placed, back_write = write(layer, window, (N, N))               # eq.6
+
+    def back(dalpha, dcolour, g):
+        dplaced = dalpha if flat else xp.concatenate([dalpha, dcolour], 1)
+        dlayer, dwindow = back_write(dplaced)                                       # eq.6
+        dz = back_draw(dlayer[:, :1], dcolour if flat else dlayer[:, 1:], g)        # eq.5
+        return dz, dwindow[:, 1:]
+
+    return placed[:, :1], colour if flat else placed[:, 1:], back
+
+
 # ================================================================ who is in front
 
 def depth_orders(J):
@@ -519,44 +540,57 @@ def order_posterior(depth, gamma):
     return log_q, back
 
 
+def expected_error(x, found, gamma):
+    """Squared error of each image (B,), averaged over q(s), and its way back into the layers."""
+    log_q, back_order = order_posterior(found.depth, gamma)         # (B, S)  eq.7
+    errors, back_errors = order_errors(                             # (B, S)  eq.8
+        x, found.alpha, found.colour, found.background, depth_orders(found.depth.shape[1]))
+    q = xp.exp(log_q)                                               # (B, S)
+    mean = (q * errors).sum(1)                                      # (B,)  eq.9
+
+    def back(d):
+        # q sums to 1, so that a constant less in all errors changes nothing (but rounding)
+        dlog_q = q * (errors - mean[:, None]) * d                                   # eq.9
+        dalpha, dcolour, dbackground = back_errors(q * d)                           # eq.8
+        return dalpha, dcolour, dbackground, back_order(dlog_q)                     # eq.7
+
+    return mean, back
+
+
 # ================================================================ the loss
 
 def fast(p, cfg, x, noise, weights):
     """Eq. 9, per image, and its pullback into g; what was found comes along."""
-    B, J, N, M = len(x), cfg.objects, cfg.canvas, cfg.patch
-    R, orders = B * J, depth_orders(J)
+    B, J, N, R = len(x), cfg.objects, cfg.canvas, len(x) * cfg.objects
     guess, tint, back_attend = attend(p, cfg, x)                    # (B, J, 2), (B, J, C)  eq.1
     mean, log_std, depth, where, back_inspect = inspect(p, cfg, x, guess, tint)     # eq.3, eq.4
     z, kl, back_z = latent(mean, log_std, noise.what.reshape(R, -1))    # (R, K), (R,)  eq.4
-    alpha, colour, back_draw = draw(p, cfg, z)              # (R, 1, M, M), (R, C, 1, 1)  eq.5
-    window = window_at(where.reshape(R, 2), M / N)                  # (R, 3)  eq.6
-    placed, back_write = write(alpha, window, (N, N))               # (R, 1, N, N)  eq.6
-    log_q, back_order = order_posterior(depth, weights.gamma)       # (B, S)  eq.7
+    alpha, colour, back_paint = paint(p, cfg, z, where.reshape(R, 2))   # eq.5, eq.6
     found = SimpleNamespace(
-        alpha=placed.reshape(B, J, N, N), colour=colour.reshape(B, J, C, 1, 1), depth=depth,
-        where=where, z=z.reshape(B, J, -1), background=xp.zeros((B, C, 1, 1), x.dtype))
-    errors, back_errors = order_errors(                             # (B, S)  eq.8
-        x, found.alpha, found.colour, found.background, orders)
-    scale = (32 / N)**2 / (2 * weights.std**2)
-    q = xp.exp(log_q)                                               # (B, S)
-    cost = q * errors                                               # (B, S)  eq.9
+        alpha=alpha.reshape(B, J, N, N), colour=colour.reshape(B, J, *colour.shape[1:]),
+        depth=depth, where=where, z=z.reshape(B, J, -1), background=xp.zeros((B, C, 1, 1), x.dtype))
+    error, back_error = expected_error(x, found, weights.gamma)     # (B,)  eq.9
     prior = kl.sum() + 0.5 * (depth * depth).sum()
-    loss = (scale * cost.sum() + cfg.kl_weight * prior) / B
+    loss = (error_weight(cfg, weights) * error.sum() + cfg.kl_weight * prior) / B
 
     def back(g):
-        # q sums to 1, so that a constant less in all errors changes nothing (but rounding)
-        dlog_q = q * (errors - cost.sum(1, keepdims=True)) * (scale / B)            # eq.9
-        dplaced, dcolour, _ = back_errors(q * (scale / B))                          # eq.8
-        ddepth = back_order(dlog_q) + cfg.kl_weight / B * depth                     # eq.7
-        dalpha, dwindow = back_write(dplaced.reshape(R, 1, N, N))                   # eq.6
-        dwhere = dwindow[:, 1:].reshape(B, J, 2)                                    # eq.6
-        dz = back_draw(dalpha, dcolour.reshape(R, C, 1, 1), g)                      # eq.5
-        dmean, dlog_std = back_z(dz, xp.full(R, cfg.kl_weight / B, x.dtype))        # eq.4
+        scale, v = error_weight(cfg, weights) / B, cfg.kl_weight / B
+        dalpha, dcolour, _, ddepth = back_error(scale)                              # eq.9
+        ddepth = ddepth + v * depth
+        dalpha, dcolour = dalpha.reshape(alpha.shape), dcolour.reshape(colour.shape)
+        dz, dwhere = back_paint(dalpha, dcolour, g)                                 # eq.6, eq.5
+        dmean, dlog_std = back_z(dz, xp.full(R, v, x.dtype))                        # eq.4
+        dwhere = dwhere.reshape(B, J, 2)
         dguess, dtint = back_inspect(dmean, dlog_std, ddepth, dwhere, g)            # eq.4, eq.3
         back_attend(dguess, dtint, g)                                               # eq.1
         g.flush()
 
     return loss, found, back
+
+
+def error_weight(cfg, weights):
+    """1 / (2 sigma^2), as if all scenes had 32 x 32 pixels."""
+    return (32 / cfg.canvas)**2 / (2 * weights.std**2)
 
 
 # ================================================================ one object after the other
@@ -613,32 +647,26 @@ def examine(p, cfg, x, left, where, tint):
 
 def turn(p, cfg, x, left, where, tint, eps):
     """One object: looked at, coded, drawn on the whole canvas."""
-    N, M = cfg.canvas, cfg.patch
     mean, log_std, depth, where, back_examine = examine(p, cfg, x, left, where, tint)
     z, kl, back_z = latent(mean, log_std, eps)                      # (B, K), (B,)  eq.4
-    alpha, colour, back_draw = draw(p, cfg, z)                      # (B, 1, M, M), ...  eq.5
-    flat = colour.shape[-1] == 1
-    layer = alpha if flat else xp.concatenate([alpha, colour], 1)
-    placed, back_write = write(layer, window_at(where, M / N), (N, N))      # eq.6
+    alpha, colour, back_paint = paint(p, cfg, z, where)             # (B, 1, N, N), ...  eq.5, eq.6
 
     def back(dalpha, dcolour, ddepth, dkl, g):
-        dplaced = dalpha if flat else xp.concatenate([dalpha, dcolour], 1)
-        dlayer, dwindow = back_write(dplaced)                                       # eq.6
-        dz = back_draw(dlayer[:, :1], dcolour if flat else dlayer[:, 1:], g)        # eq.5
+        dz, dwhere = back_paint(dalpha, dcolour, g)                                 # eq.6, eq.5
         dmean, dlog_std = back_z(dz, dkl)                                           # eq.4
-        return back_examine(dmean, dlog_std, ddepth, dwindow[:, 1:], g)
+        return back_examine(dmean, dlog_std, ddepth, dwhere, g)
 
-    return placed[:, :1], colour if flat else placed[:, 1:], depth, where, z, kl, back
+    return alpha, colour, depth, where, z, kl, back
 
 
 def turns(p, cfg, x, noise, weights):
     """Eq. 9 with a background, for objects that are found one after the other."""
-    B, J, N = len(x), cfg.objects, cfg.canvas
+    B = len(x)
     far, far_log_std, back_far = look_behind(p, cfg, x)             # (B, D), (B, D)  eq.13
     z_bg, kl_bg, back_z_bg = latent(far, far_log_std, noise.far)    # (B, D), (B,)  eq.13
     background, back_sky = draw_background(p, cfg, z_bg)            # (B, C, N, N)  eq.13
     left, found, backs = xp.ones_like(x[:, :1]), [], []
-    for j in range(J):
+    for j in range(cfg.objects):
         uniform = None if noise.uniform is None else noise.uniform[:, j]
         guess, tint = unexplained(x, background, left, uniform, cfg.sharp)   # (B, 2), (B, C)
         *one, back_turn = turn(p, cfg, x, left, guess, tint, noise.what[:, j])
@@ -646,22 +674,16 @@ def turns(p, cfg, x, noise, weights):
         backs.append((left, one[0], back_turn))
         left = left * (1 - one[0])                                  # (B, 1, N, N)  eq.21
     alpha, colour, depth, where, z, kl = (xp.stack(a, 1) for a in zip(*found, strict=True))
-    log_q, back_order = order_posterior(depth, weights.gamma)       # (B, S)  eq.7
     found = SimpleNamespace(alpha=alpha[:, :, 0], colour=colour, depth=depth, where=where, z=z,
                             background=background)
-    errors, back_errors = order_errors(                             # (B, S)  eq.8
-        x, found.alpha, colour, background, depth_orders(J))
-    scale = (32 / N)**2 / (2 * weights.std**2)
-    q = xp.exp(log_q)                                               # (B, S)
-    cost = q * errors                                               # (B, S)  eq.9
-    prior = kl.sum() + kl_bg.sum() + 0.5 * (depth * depth).sum()
-    loss = (scale * cost.sum() + cfg.kl_weight * prior) / B
-    v = cfg.kl_weight / B
+    error, back_error = expected_error(x, found, weights.gamma)     # (B,)  eq.9
+    prior, v = kl.sum() + kl_bg.sum() + 0.5 * (depth * depth).sum(), cfg.kl_weight / B
+    loss = error_weight(cfg, weights) * error.sum() / B + v * prior
 
     def back(g):
-        dlog_q = q * (errors - cost.sum(1, keepdims=True)) * (scale / B)            # eq.9
-        dalpha, dcolour, dbackground = back_errors(q * (scale / B))                 # eq.8
-        ddepth = back_order(dlog_q) + v * depth                                     # eq.7
+        scale = error_weight(cfg, weights) / B
+        dalpha, dcolour, dbackground, ddepth = back_error(scale)                    # eq.9
+        ddepth = ddepth + v * depth
         dleft, each = xp.zeros_like(left), xp.full(B, v, x.dtype)
         for j, (before, own, back_turn) in reversed(list(enumerate(backs))):
             down = dalpha[:, j, None] - dleft * before                              # eq.21
@@ -965,6 +987,38 @@ def objective(p, cfg, x, noise, weights):
     return OBJECTIVES[cfg.formulation](p, cfg, x, noise, weights)
 
 
+# ================================================================ a second look
+
+def refine(p, cfg, x, found, weights):
+    """What eq. 9 likes better than the encoder's word: Adam on where, z and depth of each scene.
+
+    No weight is changed. The pullbacks are read here, on the way forward.
+    """
+    B, J, N = len(x), cfg.objects, cfg.canvas
+    v = Params({name: to_host(getattr(found, name)) for name in ("where", "z", "depth")}, x.dtype)
+    g, unused, adam = v.grads(), p.grads(), Optimiser(v, groups={"where": 0.1}, beta2=0.99)
+
+    def painted():
+        alpha, colour, pull = paint(p, cfg, v["z"].reshape(B * J, -1), v["where"].reshape(B * J, 2))
+        latents = {name: a.copy() for name, a in v.items()}
+        return SimpleNamespace(alpha=alpha.reshape(B, J, N, N), background=found.background,
+                               colour=colour.reshape(B, J, *colour.shape[1:]), **latents), pull
+
+    for step in range(cfg.refine):
+        now, pull_paint = painted()
+        _, pull_error = expected_error(x, now, weights.gamma)
+        dalpha, dcolour, _, ddepth = pull_error(error_weight(cfg, weights))
+        dz, dwhere = pull_paint(dalpha.reshape(B * J, 1, N, N),
+                                dcolour.reshape(B * J, *now.colour.shape[2:]), unused)
+        g.zero()
+        unused.zero()
+        for name, d in (("where", dwhere), ("z", dz), ("depth", ddepth)):
+            prior = 0 if name == "where" else cfg.kl_weight * v[name]
+            g[name][...] = d.reshape(v[name].shape) + prior
+        adam.update(g, 0.03, step + 1)
+    return painted()[0]
+
+
 # ================================================================ which objects go together
 
 def residual_mlp(p, name, x):
@@ -1124,9 +1178,12 @@ def draw_scenes(cfg, seed, start, count):
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images):
-    """Every latent at its mean, and the order that the depths say. Host arrays in and out."""
+    """Every latent at its mean, or refined, and the order of depths. Host arrays in and out."""
     x = to_device(images)
-    _, found, _ = objective(p, cfg, x, no_noise(cfg, len(x)), schedule(cfg, cfg.steps))
+    weights = schedule(cfg, cfg.steps)
+    _, found, _ = objective(p, cfg, x, no_noise(cfg, len(x)), weights)
+    if cfg.refine:
+        found = refine(p, cfg, x, found, weights)
     found = SimpleNamespace(**{name: to_host(a) for name, a in vars(found).items()})
     found.order = found.depth.argsort(1).argsort(1)                 # (B, J)  0 is the nearest
     found.amodal = found.alpha > SEEN                               # (B, J, N, N)
@@ -1192,6 +1249,7 @@ def stream(cfg, seed, total, part=250):
 
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
+    check(cfg)
     p = fitting(weights, init(cfg, 0))
     if path is None:
         return {"scenes": cfg.data, **score(p, cfg, stream(cfg, TEST, cfg.test_scenes))}
@@ -1277,12 +1335,8 @@ def render(p, cfg, where, z, depth, far=None):
         far = np.zeros((B, cfg.background), np.float32) if far is None else far
         background, _ = draw_background(p, cfg, to_device(far))
     if cfg.formulation != "paper":
-        alpha, colour, _ = draw(p, cfg, z)
-        window = window_at(to_device(where), cfg.patch / N)
-        alpha, _ = write(alpha, window, (N, N))
-        if colour.shape[-1] > 1:
-            colour, _ = write(colour, window, (N, N))
-        colour = colour.reshape(B, J, C, *colour.shape[2:])
+        alpha, colour, _ = paint(p, cfg, z, to_device(where))
+        colour = colour.reshape(B, J, *colour.shape[1:])
     else:
         j, i = ((where + 1) * N / 2).astype(int).clip(0, N - 1).T
         theta = np.zeros((B * J, N, N), np.float32)
@@ -1323,6 +1377,7 @@ def infer(cfg, weights, files, out):
 
     from viz.depth import overlay
 
+    check(cfg)
     p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         image, to_picture = read_picture(path, cfg.canvas, C)
@@ -1353,4 +1408,4 @@ def to_bytes(images):
 
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
-             adjustable=("data", "test_scenes"))
+             adjustable=("data", "test_scenes", "refine"))
