@@ -22,6 +22,17 @@ their errors averaged (eq.7 and 9), which is exact: dloss/dq(s) is the error of 
 is large all orders count alike, and the objects come apart before their order is decided. The
 prior of depths, N(0, 1), keeps q(s) from being so sure that a wrong order is never corrected.
 
+Scattered objects over a background, of unknown number, are found one after the other (the presets
+`sprites` and `clevr`); an object that is not there is drawn with no alpha, as in the paper:
+
+    eq.21  left_1 = 1, left_{j+1} = left_j (1 - alpha*_j)                  what is unexplained yet
+    eq.22  theta_j ~ Categorical(e_j^sharp), e_j = mean over a cell of left_j times how unlike x_bg
+           x is; where_j = the cell's middle, tint_j = its colour;  x_bg as in eq.13
+    eq.23  crop_j = read(x, where_j), how like tint_j its pixels are, read(left_j, where_j)
+    eq.24  colour_j(pixel) = sigmoid(tint + shade(pixel)), both from z_j  (`--colours shaded`)
+
+and drawn, ordered and scored by eq.4 to 9, with x_bg behind them all.
+
 The paper's own formulation (--preset paper; `paper-small` is the same with narrow networks):
 
     eq.11  q(theta_j | x) = softmax(U-Net_j(x)) over N x N pixels; a Gumbel-softmax sample of it
@@ -52,7 +63,7 @@ from common.backend import gemm, to_device, to_host, xp  # before NumPy: sets th
 
 import numpy as np
 
-from common import cli, shapes
+from common import cli, raycast, shapes
 from common.compose import cut, order_errors, place
 from common.conv import conv, conv_transpose, group_norm, max_pool, upsample
 from common.errors import Fail
@@ -76,12 +87,19 @@ VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no train
 
 # ================================================================ configuration
 
+SCENES = {
+    "polygons": lambda cfg, *key: shapes.polygons(*key, cfg.canvas, cfg.objects),
+    "sprites": lambda cfg, *key: shapes.dsprites(*key, cfg.canvas, range(2, cfg.objects + 1)),
+    "clevr": lambda cfg, *key: raycast.clevr(*key, cfg.canvas, "3"),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     steps: int = cli.option(10_000, "optimiser updates", low=1)
     batch_size: int = cli.option(32, "scenes per update", low=1)
-    formulation: str = cli.option("fast", "whose equations", choices=("fast", "paper"))
-    data: str = cli.option("polygons", "what the scenes show", choices=("polygons",))
+    formulation: str = cli.option("fast", "whose equations", choices=("fast", "turns", "paper"))
+    data: str = cli.option("polygons", "what the scenes show", choices=tuple(SCENES))
     canvas: int = cli.option(64, "N: side of the scene in pixels", choices=(32, 64))
     objects: int = cli.option(2, "J: objects that can be found", low=1, high=4)
     patch: int = cli.option(30, "M: side of an object's own canvas", low=4)
@@ -98,7 +116,9 @@ class Config:
                                          "at a crop, two for each halving", low=4)
     maps: tuple[int, ...] = cli.option((30, 128, 64, 32), "paper: channels that draw an object",
                                        low=1)
-    background: int = cli.option(2, "paper: dimensions of the background's code", low=1)
+    background: int = cli.option(2, "dimensions of the background's code", low=1)
+    colours: str = cli.option("flat", "turns: of an object", choices=("flat", "shaded"))
+    sharp: float = cli.option(2.0, "turns: power of what is unexplained, where to look", low=0.0)
     temperature: float = cli.option(0.3, "paper: of the Gumbel-softmax", low=0.01)
     l1_weight: float = cli.option(10.0, "paper: weight of the positions' L1 term", low=0.0)
     l1_cell: int = cli.option(8, "paper: side of the cells that this term compares", low=1)
@@ -122,16 +142,22 @@ class Config:
     clip: float = cli.option(200.0, "largest norm of a gradient", low=0.0)
     eval_every: int = cli.option(1000, "updates between two lines of metrics", low=1)
     eval_scenes: int = cli.option(500, "validation scenes for each line of metrics", low=1)
+    refine: int = cli.option(0, "gradient steps on each scene's latents when it is read", low=0)
     test_scenes: int = cli.option(1000, "fresh scenes for the final score", low=1)
 
 
 PAPER = {"formulation": "paper", "patch": 24, "what": 6, "std_first": 0.01 / 3**0.5,
          "std": 0.01 / 5**0.5, "lr": 5e-4, "lr_floor": 1.0, "warmup": 0, "units": 128,
          "gamma_first": 0.1, "gamma": 0.1, "gamma_from": 0, "gamma_to": 0}
+TURNS = {"formulation": "turns", "nudge": 0.25, "reach": 0.75, "crop": 32, "patch": 32,
+         "encoder": (16, 32, 48), "gamma_from": 300, "gamma_to": 1000, "eval_every": 500,
+         "eval_scenes": 250}
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
     "long": {"steps": 40_000, "eval_every": 4000},
+    "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
+    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 3000},
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
     "paper-small": {**PAPER, "steps": 3000, "canvas": 32, "patch": 16, "l1_cell": 4,
                     "unet": (16, 24, 32, 32), "maps": (16, 32, 32, 16),
@@ -143,10 +169,12 @@ C, GROUPS = 3, 4        # colours; groups of channels that are normalised togeth
 
 def check(cfg):
     """What no single flag can see."""
-    if cfg.formulation == "fast":
+    if cfg.refine and cfg.formulation == "paper":
+        raise Fail("--refine is not for the paper's own formulation")
+    if cfg.formulation != "paper":
         if cfg.crop < 2**len(cfg.encoder):
             raise Fail(f"--crop {cfg.crop} is too small to be halved {len(cfg.encoder)} times")
-        if cfg.canvas // 2 < 2**len(cfg.trunk):
+        if cfg.formulation == "fast" and cfg.canvas // 2 < 2**len(cfg.trunk):
             raise Fail(f"--trunk halves a scene of {cfg.canvas} pixels too often")
         return
     if cfg.patch % 8:
@@ -166,7 +194,8 @@ def check(cfg):
 def init(cfg, seed):
     """Normal weights scaled by the square root of the fan-in; the flat vector keeps this order."""
     arrays, rng = {}, np.random.default_rng([seed, 0])
-    {"fast": init_fast, "paper": init_paper}[cfg.formulation](cfg, arrays, rng)
+    first = {"fast": init_fast, "turns": init_turns, "paper": init_paper}[cfg.formulation]
+    first(cfg, arrays, rng)
     init_prior(cfg, arrays, rng)
     return arrays
 
@@ -205,31 +234,44 @@ def add_conv(arrays, rng, name, n_in, n_out, k, gain=RELU, normed=False):
         arrays[name + ".norm.b"] = np.zeros((n_out, 1, 1))
 
 
+def add_halvings(arrays, rng, name, channels, side):
+    """4 x 4 convolutions of stride 2; how many features they end in."""
+    for k, (n_in, n_out) in enumerate(pairwise(channels)):
+        add_conv(arrays, rng, f"{name}.{k}", n_in, n_out, 4)
+        side //= 2
+    return channels[-1] * side * side
+
+
 def init_fast(cfg, arrays, rng):
-    J, K, U = cfg.objects, cfg.what, cfg.units
+    F = add_halvings(arrays, rng, "trunk", (C, *cfg.trunk), cfg.canvas // 2)
+    add_layer(arrays, rng, "look", F, cfg.units)
+    guess = first_guess(cfg, A).ravel()
+    add_layer(arrays, rng, "where", cfg.units, cfg.objects * A * A, OUT, guess)
+    init_object(cfg, arrays, rng, 2 * C)
 
-    def halving(name, channels, side):
-        """4 x 4 convolutions of stride 2; how many features they end in."""
-        for k, (n_in, n_out) in enumerate(pairwise(channels)):
-            add_conv(arrays, rng, f"{name}.{k}", n_in, n_out, 4)
-            side //= 2
-        return channels[-1] * side * side
 
-    F = halving("trunk", (C, *cfg.trunk), cfg.canvas // 2)
-    add_layer(arrays, rng, "look", F, U)
-    add_layer(arrays, rng, "where", U, J * A * A, OUT, first_guess(cfg, A).ravel())
-    E = halving("crop", (C + 2, *cfg.encoder), cfg.crop)
-    add_layer(arrays, rng, "read", E + 2 * C, U)
+def init_turns(cfg, arrays, rng):
+    init_object(cfg, arrays, rng, C + 2)
+    init_background(cfg, arrays, rng)
+
+
+def init_object(cfg, arrays, rng, known):
+    """What reads an object from its crop and `known` numbers more, and what draws it."""
+    K, U = cfg.what, cfg.units
+    E = add_halvings(arrays, rng, "crop", (C + 2, *cfg.encoder), cfg.crop)
+    add_layer(arrays, rng, "read", E + known, U)
     add_layer(arrays, rng, "head", U, 2 * K + 3, OUT, [0.0] * K + [-1.0] * K + [0.0] * 3)
     for k, (n_in, n_out) in enumerate(pairwise((K, *cfg.decoder))):
         add_layer(arrays, rng, f"draw.{k}", n_in, n_out)
     add_layer(arrays, rng, "colour", cfg.decoder[0], C, OUT)
     add_layer(arrays, rng, "alpha", cfg.decoder[-1], cfg.patch**2, OUT, -1.0)
+    if cfg.colours == "shaded":
+        add_layer(arrays, rng, "shade", cfg.decoder[-1], cfg.patch**2, OUT)
 
 
 def init_paper(cfg, arrays, rng):
     """The networks of the paper's Table 5, with group normalisation in place of batch's."""
-    J, K, D, N, M, U = (cfg.objects, cfg.what + 1, cfg.background, cfg.canvas, cfg.patch, cfg.units)
+    J, K, N, M, U = cfg.objects, cfg.what + 1, cfg.canvas, cfg.patch, cfg.units
     widths, side = (C, *cfg.unet), cfg.patch // 8
 
     def add(name, n_in, n_out, k, gain=RELU, normed=False):
@@ -258,14 +300,20 @@ def init_paper(cfg, arrays, rng):
         arrays[f"grow.{k}.b"] = np.zeros(n_out)
     add("smooth", *cfg.maps[2:], 5)
     add("canvas", cfg.maps[3], C + 1, 1, OUT)
+    init_background(cfg, arrays, rng)
+
+
+def init_background(cfg, arrays, rng):
+    """What encodes a background and what draws it, as in Table 5."""
+    D, N = cfg.background, cfg.canvas
     for k, (n_in, n_out) in enumerate(pairwise((C, 16, 32, 48, 64, 96))):
-        add(f"far.{k}", n_in, n_out, 3, normed=True)
+        add_conv(arrays, rng, f"far.{k}", n_in, n_out, 3, normed=True)
     add_layer(arrays, rng, "far.code.0", 96 * (N // 32) ** 2, 128)
     add_layer(arrays, rng, "far.code.1", 128, 2 * D, OUT, [0.0] * D + [-1.0] * D)
     add_layer(arrays, rng, "sky", D, 16 * (N // 32) ** 2)
-    add("sky.0", 16, 3, 3)
-    add("sky.1", 3, 3, 3)
-    add("sky.2", 3, C, 1, OUT)
+    add_conv(arrays, rng, "sky.0", 16, 3, 3)
+    add_conv(arrays, rng, "sky.1", 3, 3, 3)
+    add_conv(arrays, rng, "sky.2", 3, C, 1, OUT)
 
 
 def first_guess(cfg, side):
@@ -290,8 +338,8 @@ def leaky(x):
 
 def shrink(x, factor):
     """Means of factor x factor pixels. Only images are shrunk: no gradient is needed."""
-    B, _, H, W = x.shape
-    return x.reshape(B, C, H // factor, factor, W // factor, factor).mean((3, 5))
+    B, channels, H, W = x.shape
+    return x.reshape(B, channels, H // factor, factor, W // factor, factor).mean((3, 5))
 
 
 def halvings(p, name, x, want_dx=True):
@@ -349,19 +397,22 @@ def attend(p, cfg, x):
     return where, tint, back
 
 
-def likeness(crop, tint, width=0.15):
-    """How like a colour each pixel is: exp(-|crop - tint|^2 / (2 width^2)).
+LIKE = 0.15             # how far colours lie apart that are still alike
+
+
+def likeness(crop, tint):
+    """How like a colour each pixel is: exp(-|crop - tint|^2 / (2 LIKE^2)).
 
     For each object two maps: its own tint's, and the sum of those of all others.
     """
     away = crop[:, :, None] - tint[:, None, :, :, None, None]       # (B, J, J, C, G, G)
-    like = xp.exp((away * away).sum(3) * (-0.5 / width**2))         # (B, J, J, G, G)
+    like = xp.exp((away * away).sum(3) * (-0.5 / LIKE**2))          # (B, J, J, G, G)
     own = xp.eye(tint.shape[1], dtype=crop.dtype)[:, :, None, None]     # (J, J, 1, 1)
     maps = xp.stack([(like * own).sum(2), (like * (1 - own)).sum(2)], 2)    # (B, J, 2, G, G)
 
     def back(dmaps):
         dlike = dmaps[:, :, :1] * own + dmaps[:, :, 1:] * (1 - own)     # (B, J, J, G, G)
-        daway = (dlike * like * (-1 / width**2))[:, :, :, None] * away  # (B, J, J, C, G, G)
+        daway = (dlike * like * (-1 / LIKE**2))[:, :, :, None] * away  # (B, J, J, C, G, G)
         return daway.sum(2), -daway.sum((1, 4, 5))
 
     return maps, back
@@ -413,24 +464,53 @@ def inspect(p, cfg, x, where, tint):
 
 
 def draw(p, cfg, z):
-    """A shape on a canvas of its own, and its one colour."""
+    """A shape on a canvas of its own, and its one colour, or that of every pixel."""
     R, M = len(z), cfg.patch
-    h, back_h = dense(p, "draw.0", z, leaky)                        # (R, D)  eq.5
-    t, back_t = dense(p, "colour", h, sigmoid)                      # (R, C)  eq.5
+    shaded = cfg.colours == "shaded"
+    h, back_h = dense(p, "draw.0", z, leaky)                        # (..., D)  eq.5
+    t, back_t = linear(p, "colour", h)                              # (..., C)  eq.5
     k, backs = h, []
     for layer in range(1, len(cfg.decoder)):
         k, back_k = dense(p, f"draw.{layer}", k, leaky)             # eq.5
         backs.append(back_k)
-    alpha, back_alpha = dense(p, "alpha", k, sigmoid)               # (R, M*M)  eq.5
+    alpha, back_alpha = dense(p, "alpha", k, sigmoid)               # (..., M*M)  eq.5
+    tint = t[:, :, None, None]                                      # (..., C, 1, 1)
+    if shaded:
+        shade, back_shade = linear(p, "shade", k)                   # (..., M*M)  eq.24
+        tint = tint + shade.reshape(R, 1, M, M)                     # (..., C, M, M)  eq.24
+    colour, back_colour = sigmoid(tint)                             # eq.5
 
     def back(dalpha, dcolour, g):
-        dk = back_alpha(dalpha.reshape(R, M * M), g)                                # eq.5
+        dtint = back_colour(dcolour)                                                # eq.5
+        dk = 0
+        if shaded:
+            dk = back_shade(dtint.sum(1).reshape(R, M * M), g)                      # eq.24
+            dtint = dtint.sum((2, 3))                                               # eq.24
+        dk = dk + back_alpha(dalpha.reshape(R, M * M), g)                           # eq.5
         for back_k in reversed(backs):
             dk = back_k(dk, g)                                                      # eq.5
-        dh = dk + back_t(dcolour, g)                                                # eq.5
+        dh = dk + back_t(dtint.reshape(R, C), g)                                    # eq.5
         return back_h(dh, g)                                                        # eq.5
 
-    return alpha.reshape(R, 1, M, M), t, back
+    return alpha.reshape(R, 1, M, M), colour, back
+
+
+def paint(p, cfg, z, where):
+    """An object's shape on the whole canvas, and its colour, flat or there too."""
+    N = cfg.canvas
+    alpha, colour, back_draw = draw(p, cfg, z)                      # eq.5
+    flat = colour.shape[-1] == 1
+    layer = alpha if flat else xp.concatenate([alpha, colour], 1)
+    window = window_at(where, cfg.patch / N)                        # (..., 3)  eq.6
+    placed, back_write = write(layer, window, (N, N))               # eq.6
+
+    def back(dalpha, dcolour, g):
+        dplaced = dalpha if flat else xp.concatenate([dalpha, dcolour], 1)
+        dlayer, dwindow = back_write(dplaced)                                       # eq.6
+        dz = back_draw(dlayer[:, :1], dcolour if flat else dlayer[:, 1:], g)        # eq.5
+        return dz, dwindow[:, 1:]
+
+    return placed[:, :1], colour if flat else placed[:, 1:], back
 
 
 # ================================================================ who is in front
@@ -460,41 +540,158 @@ def order_posterior(depth, gamma):
     return log_q, back
 
 
+def expected_error(x, found, gamma):
+    """Squared error of each image (B,), averaged over q(s), and its way back into the layers."""
+    log_q, back_order = order_posterior(found.depth, gamma)         # (B, S)  eq.7
+    errors, back_errors = order_errors(                             # (B, S)  eq.8
+        x, found.alpha, found.colour, found.background, depth_orders(found.depth.shape[1]))
+    q = xp.exp(log_q)                                               # (B, S)
+    mean = (q * errors).sum(1)                                      # (B,)  eq.9
+
+    def back(d):
+        # q sums to 1, so that a constant less in all errors changes nothing (but rounding)
+        dlog_q = q * (errors - mean[:, None]) * d                                   # eq.9
+        dalpha, dcolour, dbackground = back_errors(q * d)                           # eq.8
+        return dalpha, dcolour, dbackground, back_order(dlog_q)                     # eq.7
+
+    return mean, back
+
+
 # ================================================================ the loss
 
 def fast(p, cfg, x, noise, weights):
     """Eq. 9, per image, and its pullback into g; what was found comes along."""
-    B, J, N, M = len(x), cfg.objects, cfg.canvas, cfg.patch
-    R, orders = B * J, depth_orders(J)
+    B, J, N, R = len(x), cfg.objects, cfg.canvas, len(x) * cfg.objects
     guess, tint, back_attend = attend(p, cfg, x)                    # (B, J, 2), (B, J, C)  eq.1
     mean, log_std, depth, where, back_inspect = inspect(p, cfg, x, guess, tint)     # eq.3, eq.4
     z, kl, back_z = latent(mean, log_std, noise.what.reshape(R, -1))    # (R, K), (R,)  eq.4
-    alpha, colour, back_draw = draw(p, cfg, z)                      # (R, 1, M, M), (R, C)  eq.5
-    window = window_at(where.reshape(R, 2), M / N)                  # (R, 3)  eq.6
-    placed, back_write = write(alpha, window, (N, N))               # (R, 1, N, N)  eq.6
-    log_q, back_order = order_posterior(depth, weights.gamma)       # (B, S)  eq.7
+    alpha, colour, back_paint = paint(p, cfg, z, where.reshape(R, 2))   # eq.5, eq.6
     found = SimpleNamespace(
-        alpha=placed.reshape(B, J, N, N), colour=colour.reshape(B, J, C, 1, 1), depth=depth,
-        where=where, z=z.reshape(B, J, -1), background=xp.zeros((B, C, 1, 1), x.dtype))
-    errors, back_errors = order_errors(                             # (B, S)  eq.8
-        x, found.alpha, found.colour, found.background, orders)
-    scale = (32 / N)**2 / (2 * weights.std**2)
-    q = xp.exp(log_q)                                               # (B, S)
-    cost = q * errors                                               # (B, S)  eq.9
+        alpha=alpha.reshape(B, J, N, N), colour=colour.reshape(B, J, *colour.shape[1:]),
+        depth=depth, where=where, z=z.reshape(B, J, -1), background=xp.zeros((B, C, 1, 1), x.dtype))
+    error, back_error = expected_error(x, found, weights.gamma)     # (B,)  eq.9
     prior = kl.sum() + 0.5 * (depth * depth).sum()
-    loss = (scale * cost.sum() + cfg.kl_weight * prior) / B
+    loss = (error_weight(cfg, weights) * error.sum() + cfg.kl_weight * prior) / B
 
     def back(g):
-        # q sums to 1, so that a constant less in all errors changes nothing (but rounding)
-        dlog_q = q * (errors - cost.sum(1, keepdims=True)) * (scale / B)            # eq.9
-        dplaced, dcolour, _ = back_errors(q * (scale / B))                          # eq.8
-        ddepth = back_order(dlog_q) + cfg.kl_weight / B * depth                     # eq.7
-        dalpha, dwindow = back_write(dplaced.reshape(R, 1, N, N))                   # eq.6
-        dwhere = dwindow[:, 1:].reshape(B, J, 2)                                    # eq.6
-        dz = back_draw(dalpha, dcolour.reshape(R, C), g)                            # eq.5
-        dmean, dlog_std = back_z(dz, xp.full(R, cfg.kl_weight / B, x.dtype))        # eq.4
+        scale, v = error_weight(cfg, weights) / B, cfg.kl_weight / B
+        dalpha, dcolour, _, ddepth = back_error(scale)                              # eq.9
+        ddepth = ddepth + v * depth
+        dalpha, dcolour = dalpha.reshape(alpha.shape), dcolour.reshape(colour.shape)
+        dz, dwhere = back_paint(dalpha, dcolour, g)                                 # eq.6, eq.5
+        dmean, dlog_std = back_z(dz, xp.full(R, v, x.dtype))                        # eq.4
+        dwhere = dwhere.reshape(B, J, 2)
         dguess, dtint = back_inspect(dmean, dlog_std, ddepth, dwhere, g)            # eq.4, eq.3
         back_attend(dguess, dtint, g)                                               # eq.1
+        g.flush()
+
+    return loss, found, back
+
+
+def error_weight(cfg, weights):
+    """1 / (2 sigma^2), as if all scenes had 32 x 32 pixels."""
+    return (32 / cfg.canvas)**2 / (2 * weights.std**2)
+
+
+# ================================================================ one object after the other
+
+def alike(x, y):
+    """How like each other the colours of two pictures are; only looked at, no gradient."""
+    away = x - y
+    return xp.exp((away * away).sum(1, keepdims=True) * (-0.5 / LIKE**2))
+
+
+def unexplained(x, background, left, uniform, sharp):
+    """Eq. 22: where to look next, and the colour there; uniform=None: the likeliest cell.
+
+    Chosen, not computed: no gradient passes.
+    """
+    B, N = len(x), x.shape[2]
+    unlike = left * (1 - alike(x, background))                      # (B, 1, N, N)  eq.22
+    error = shrink(unlike, N // A).reshape(B, A * A)                # (B, A*A)  eq.22
+    logits = sharp * xp.log(error + 1e-6)                           # (B, A*A)  eq.22
+    if uniform is not None:
+        logits = logits - xp.log(-xp.log(uniform))
+    cell, rows = logits.argmax(1), xp.arange(B)                     # (B,), (B,)  eq.22
+    colours = shrink(x, N // A).reshape(B, C, A * A)                # (B, C, A*A)
+    return xp.asarray(cells(A), x.dtype)[cell], colours[rows, :, cell]
+
+
+def examine(p, cfg, x, left, where, tint):
+    """What a crop around `where` tells of one object: code, depth and a better `where`."""
+    K, G = cfg.what, cfg.crop
+    window = window_at(where, cfg.reach)                            # (B, 3)  eq.23
+    crop, _ = read(x, window, G)                                    # (B, C, G, G)  eq.23
+    like = alike(crop, tint[:, :, None, None])                      # (B, 1, G, G)  eq.23
+    free, back_free = read(left, window, G, want_image=True)        # (B, 1, G, G)  eq.23
+    seen = xp.concatenate([crop, like, free], 1)                    # (B, C+2, G, G)
+    e, back_e = halvings(p, "crop", seen)                           # (B, E)  eq.4
+    known = xp.concatenate([e, tint, where], 1)
+    h, back_h = dense(p, "read", known, leaky)                      # (B, U)  eq.4
+    u, back_u = linear(p, "head", h)                                # (B, 2K+3)  eq.4
+    log_std, back_clamp = clamp(u[:, K:2 * K], -5, 1)               # (B, K)  eq.4
+    where = where + cfg.nudge * u[:, 2 * K + 1:]                    # (B, 2)  eq.4
+
+    def back(dmean, dlog_std, ddepth, dwhere, g):
+        dnudge = cfg.nudge * dwhere                                                 # eq.4
+        dlog_std = back_clamp(dlog_std)                                             # eq.4
+        du = xp.concatenate([dmean, dlog_std, ddepth[:, None], dnudge], 1)          # eq.4
+        dh = back_u(du, g)                                                          # eq.4
+        dknown = back_h(dh, g)                                                      # eq.4
+        dseen = back_e(dknown[:, :-C - 2], g)                                       # eq.4
+        dleft, _ = back_free(dseen[:, -1:])                                         # eq.23
+        return dleft
+
+    return u[:, :K], log_std, u[:, 2 * K], where, back
+
+
+def turn(p, cfg, x, left, where, tint, eps):
+    """One object: looked at, coded, drawn on the whole canvas."""
+    mean, log_std, depth, where, back_examine = examine(p, cfg, x, left, where, tint)
+    z, kl, back_z = latent(mean, log_std, eps)                      # (B, K), (B,)  eq.4
+    alpha, colour, back_paint = paint(p, cfg, z, where)             # (B, 1, N, N), ...  eq.5, eq.6
+
+    def back(dalpha, dcolour, ddepth, dkl, g):
+        dz, dwhere = back_paint(dalpha, dcolour, g)                                 # eq.6, eq.5
+        dmean, dlog_std = back_z(dz, dkl)                                           # eq.4
+        return back_examine(dmean, dlog_std, ddepth, dwhere, g)
+
+    return alpha, colour, depth, where, z, kl, back
+
+
+def turns(p, cfg, x, noise, weights):
+    """Eq. 9 with a background, for objects that are found one after the other."""
+    B = len(x)
+    far, far_log_std, back_far = look_behind(p, cfg, x)             # (B, D), (B, D)  eq.13
+    z_bg, kl_bg, back_z_bg = latent(far, far_log_std, noise.far)    # (B, D), (B,)  eq.13
+    background, back_sky = draw_background(p, cfg, z_bg)            # (B, C, N, N)  eq.13
+    left, found, backs = xp.ones_like(x[:, :1]), [], []
+    for j in range(cfg.objects):
+        uniform = None if noise.uniform is None else noise.uniform[:, j]
+        guess, tint = unexplained(x, background, left, uniform, cfg.sharp)   # (B, 2), (B, C)
+        *one, back_turn = turn(p, cfg, x, left, guess, tint, noise.what[:, j])
+        found.append(one)
+        backs.append((left, one[0], back_turn))
+        left = left * (1 - one[0])                                  # (B, 1, N, N)  eq.21
+    alpha, colour, depth, where, z, kl = (xp.stack(a, 1) for a in zip(*found, strict=True))
+    found = SimpleNamespace(alpha=alpha[:, :, 0], colour=colour, depth=depth, where=where, z=z,
+                            background=background)
+    error, back_error = expected_error(x, found, weights.gamma)     # (B,)  eq.9
+    prior, v = kl.sum() + kl_bg.sum() + 0.5 * (depth * depth).sum(), cfg.kl_weight / B
+    loss = error_weight(cfg, weights) * error.sum() / B + v * prior
+
+    def back(g):
+        scale = error_weight(cfg, weights) / B
+        dalpha, dcolour, dbackground, ddepth = back_error(scale)                    # eq.9
+        ddepth = ddepth + v * depth
+        dleft, each = xp.zeros_like(left), xp.full(B, v, x.dtype)
+        for j, (before, own, back_turn) in reversed(list(enumerate(backs))):
+            down = dalpha[:, j, None] - dleft * before                              # eq.21
+            dleft = dleft * (1 - own)                                               # eq.21
+            dleft = dleft + back_turn(down, dcolour[:, j], ddepth[:, j], each, g)
+        dz_bg = back_sky(dbackground, g)                                            # eq.13
+        dfar, dfar_log_std = back_z_bg(dz_bg, each)                                 # eq.13
+        back_far(dfar, dfar_log_std, g)                                             # eq.13
         g.flush()
 
     return loss, found, back
@@ -782,12 +979,44 @@ def paper(p, cfg, x, noise, weights):
     return loss, found, back
 
 
-OBJECTIVES = {"fast": fast, "paper": paper}
+OBJECTIVES = {"fast": fast, "turns": turns, "paper": paper}
 
 
 def objective(p, cfg, x, noise, weights):
     """The loss, what was found, and the pullback into g."""
     return OBJECTIVES[cfg.formulation](p, cfg, x, noise, weights)
+
+
+# ================================================================ a second look
+
+def refine(p, cfg, x, found, weights):
+    """What eq. 9 likes better than the encoder's word: Adam on where, z and depth of each scene.
+
+    No weight is changed. The pullbacks are read here, on the way forward.
+    """
+    B, J, N = len(x), cfg.objects, cfg.canvas
+    v = Params({name: to_host(getattr(found, name)) for name in ("where", "z", "depth")}, x.dtype)
+    g, unused, adam = v.grads(), p.grads(), Optimiser(v, groups={"where": 0.1}, beta2=0.99)
+
+    def painted():
+        alpha, colour, pull = paint(p, cfg, v["z"].reshape(B * J, -1), v["where"].reshape(B * J, 2))
+        latents = {name: a.copy() for name, a in v.items()}
+        return SimpleNamespace(alpha=alpha.reshape(B, J, N, N), background=found.background,
+                               colour=colour.reshape(B, J, *colour.shape[1:]), **latents), pull
+
+    for step in range(cfg.refine):
+        now, pull_paint = painted()
+        _, pull_error = expected_error(x, now, weights.gamma)
+        dalpha, dcolour, _, ddepth = pull_error(error_weight(cfg, weights))
+        dz, dwhere = pull_paint(dalpha.reshape(B * J, 1, N, N),
+                                dcolour.reshape(B * J, *now.colour.shape[2:]), unused)
+        g.zero()
+        unused.zero()
+        for name, d in (("where", dwhere), ("z", dz), ("depth", ddepth)):
+            prior = 0 if name == "where" else cfg.kl_weight * v[name]
+            g[name][...] = d.reshape(v[name].shape) + prior
+        adam.update(g, 0.03, step + 1)
+    return painted()[0]
 
 
 # ================================================================ which objects go together
@@ -877,7 +1106,8 @@ def imagine(p, cfg, count, rng):
     v = np.concatenate([where, drawn("prior.what", np.concatenate([y[:, half:], where], 1))], 1)
     v = mean + std * v
     return render(p, cfg, v[:, :2 * J].reshape(count, J, 2),
-                  v[:, 2 * J:-J].reshape(count, J, -1), v[:, -J:])
+                  v[:, 2 * J:-J].reshape(count, J, -1), v[:, -J:],
+                  rng.standard_normal((count, cfg.background), np.float32))
 
 
 def train_prior(p, cfg, seed, batch=128, scenes=8000):
@@ -920,31 +1150,40 @@ def draw_noise(cfg, batch, seed, step, start=0, count=None):
     if cfg.formulation == "fast":
         what = rng.standard_normal((batch, cfg.objects, cfg.what), np.float32)
         return SimpleNamespace(what=to_device(what[own]))
-    what = rng.standard_normal((batch, cfg.objects, cfg.what + 1), np.float32)
+    what = rng.standard_normal((batch, cfg.objects, codes(cfg)), np.float32)
     far = rng.standard_normal((batch, cfg.background), np.float32)
-    uniform = rng.random((batch, cfg.objects, cfg.canvas**2), np.float32).clip(1e-6, 1 - 1e-6)
+    places = cfg.canvas**2 if cfg.formulation == "paper" else A * A
+    uniform = rng.random((batch, cfg.objects, places), np.float32).clip(1e-6, 1 - 1e-6)
     return SimpleNamespace(what=to_device(what[own]), far=to_device(far[own]),
                            uniform=to_device(uniform[own]))
 
 
+def codes(cfg):
+    """Dimensions of an object's code; the paper's holds its depth."""
+    return cfg.what + (cfg.formulation == "paper")
+
+
 def no_noise(cfg, batch):
     """Every code at its mean, every position at its likeliest pixel."""
-    what = xp.zeros((batch, cfg.objects, cfg.what + (cfg.formulation == "paper")), xp.float32)
+    what = xp.zeros((batch, cfg.objects, codes(cfg)), xp.float32)
     return SimpleNamespace(what=what, far=xp.zeros((batch, cfg.background), xp.float32),
                            uniform=None)
 
 
 def draw_scenes(cfg, seed, start, count):
     """Scenes start .. start + count - 1 of the endless stream `seed`."""
-    return shapes.polygons(seed, start, count, cfg.canvas, cfg.objects)
+    return SCENES[cfg.data](cfg, seed, start, count)
 
 
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images):
-    """Every latent at its mean, and the order that the depths say. Host arrays in and out."""
+    """Every latent at its mean, or refined, and the order of depths. Host arrays in and out."""
     x = to_device(images)
-    _, found, _ = objective(p, cfg, x, no_noise(cfg, len(x)), schedule(cfg, cfg.steps))
+    weights = schedule(cfg, cfg.steps)
+    _, found, _ = objective(p, cfg, x, no_noise(cfg, len(x)), weights)
+    if cfg.refine:
+        found = refine(p, cfg, x, found, weights)
     found = SimpleNamespace(**{name: to_host(a) for name, a in vars(found).items()})
     found.order = found.depth.argsort(1).argsort(1)                 # (B, J)  0 is the nearest
     found.amodal = found.alpha > SEEN                               # (B, J, N, N)
@@ -1010,6 +1249,7 @@ def stream(cfg, seed, total, part=250):
 
 def evaluate(cfg, weights, path=None, data_dir=None):
     """Score weights on a scene file, or without one on fresh test scenes."""
+    check(cfg)
     p = fitting(weights, init(cfg, 0))
     if path is None:
         return {"scenes": cfg.data, **score(p, cfg, stream(cfg, TEST, cfg.test_scenes))}
@@ -1083,21 +1323,26 @@ def walk(p, cfg, found, steps, moving):
     return compose(render(p, cfg, **mixed))
 
 
-def render(p, cfg, where, z, depth):
-    """The generative model alone: latents (B, J, ..) to layers. Host arrays in and out."""
+def render(p, cfg, where, z, depth, far=None):
+    """The generative model alone: latents (B, J, ..) to layers. Host arrays in and out.
+
+    `far` are codes of backgrounds (B, D), by default their prior's mean.
+    """
     B, J, N = *depth.shape, cfg.canvas
     z, where = to_device(z.reshape(B * J, -1)), where.reshape(B * J, 2)
-    if cfg.formulation == "fast":
-        alpha, colour, _ = draw(p, cfg, z)
-        alpha, _ = write(alpha, window_at(to_device(where), cfg.patch / N), (N, N))
-        colour, background = colour.reshape(B, J, C, 1, 1), xp.zeros((B, C, 1, 1), z.dtype)
+    background = xp.zeros((B, C, 1, 1), z.dtype)
+    if cfg.formulation != "fast":
+        far = np.zeros((B, cfg.background), np.float32) if far is None else far
+        background, _ = draw_background(p, cfg, to_device(far))
+    if cfg.formulation != "paper":
+        alpha, colour, _ = paint(p, cfg, z, to_device(where))
+        colour = colour.reshape(B, J, *colour.shape[1:])
     else:
         j, i = ((where + 1) * N / 2).astype(int).clip(0, N - 1).T
         theta = np.zeros((B * J, N, N), np.float32)
         theta[np.arange(B * J), i, j] = 1
         placed, _ = place(draw_canvas(p, cfg, z)[0], to_device(theta))
         alpha, colour = placed[:, C], placed[:, :C].reshape(B, J, C, N, N)
-        background, _ = draw_background(p, cfg, xp.zeros((B, cfg.background), z.dtype))
     return SimpleNamespace(alpha=to_host(alpha).reshape(B, J, N, N), colour=to_host(colour),
                            depth=depth, background=to_host(background))
 
@@ -1132,6 +1377,7 @@ def infer(cfg, weights, files, out):
 
     from viz.depth import overlay
 
+    check(cfg)
     p, results = fitting(weights, init(cfg, 0)), []
     for path in files:
         image, to_picture = read_picture(path, cfg.canvas, C)
@@ -1162,4 +1408,4 @@ def to_bytes(images):
 
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
-             adjustable=("data", "test_scenes"))
+             adjustable=("data", "test_scenes", "refine"))

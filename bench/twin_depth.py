@@ -66,17 +66,20 @@ def draw(p, cfg, z):
     h = k = leaky(linear(p, "draw.0", z))
     for layer in range(1, len(cfg.decoder)):
         k = leaky(linear(p, f"draw.{layer}", k))
-    alpha = torch.sigmoid(linear(p, "alpha", k)).reshape(-1, 1, cfg.patch, cfg.patch)
-    return alpha, torch.sigmoid(linear(p, "colour", h))
+    shape = -1, 1, cfg.patch, cfg.patch
+    tint = linear(p, "colour", h)[:, :, None, None]
+    if "shade.W" in p:
+        tint = tint + linear(p, "shade", k).reshape(shape)
+    return torch.sigmoid(linear(p, "alpha", k)).reshape(shape), torch.sigmoid(tint)
 
 
-def order_errors(x, alpha, colour, orders):
-    """Squared errors (B, S) of the pictures of all orders, over black."""
+def order_errors(x, alpha, colour, background, orders):
+    """Squared errors (B, S) of the pictures of all orders."""
     errors = []
     for order in orders:
-        y = torch.zeros_like(x)
+        y = background
         for k in reversed(order):
-            y = y + alpha[:, k, None] * (colour[:, k, :, None, None] - y)
+            y = y + alpha[:, k, None] * (colour[:, k] - y)
         errors.append(((x - y) ** 2).flatten(1).sum(1))
     return torch.stack(errors, 1)
 
@@ -100,7 +103,54 @@ def fast(p, cfg, x, noise, weights):
     zoom = N / cfg.patch
     placed = resample(alpha, zoom, -where.reshape(R, 2) * zoom, N).reshape(B, J, N, N)
     q = order_posterior(depth, weights.gamma, orders).exp()
-    errors = order_errors(x, placed, colour.reshape(B, J, C), orders)
+    colour, black = colour.reshape(B, J, C, 1, 1), torch.zeros_like(x)
+    errors = order_errors(x, placed, colour, black, orders)
+    prior = kl + 0.5 * (depth**2).sum()
+    return ((32 / N) ** 2 / (2 * weights.std**2) * (q * errors).sum() + cfg.kl_weight * prior) / B
+
+
+# ---------------------------------------------------------------- one object after the other
+
+def unexplained(x, background, left, uniform, sharp):
+    """The middle and the colour of a cell, drawn by the error that is left in it."""
+    n = x.shape[2] // A
+    unlike = 1 - torch.exp(-((x - background)**2).sum(1, keepdim=True) / (2 * 0.15**2))
+    error = F.avg_pool2d(left * unlike, n).flatten(1)
+    cell = (sharp * torch.log(error + 1e-6) - torch.log(-torch.log(uniform))).argmax(1)
+    where = torch.stack([2 * (cell % A) + 1, 2 * (cell // A) + 1], 1).to(x) / A - 1
+    return where, F.avg_pool2d(x, n).flatten(2)[torch.arange(len(x)), :, cell]
+
+
+def examine(p, cfg, x, left, where, tint):
+    K, G = cfg.what, cfg.crop
+    crop = resample(torch.cat([x, left], 1), cfg.reach, where, G)
+    away = crop[:, :C] - tint[:, :, None, None]
+    like = torch.exp(-(away**2).sum(1, keepdim=True) / (2 * 0.15**2))
+    e = halvings(p, "crop", torch.cat([crop[:, :C], like, crop[:, C:]], 1))
+    u = linear(p, "head", leaky(linear(p, "read", torch.cat([e, tint, where], 1))))
+    where = where + cfg.nudge * u[:, 2 * K + 1:]
+    return u[:, :K], u[:, K:2 * K].clamp(-5, 1), u[:, 2 * K], where
+
+
+def turns(p, cfg, x, noise, weights):
+    B, J, N = len(x), cfg.objects, cfg.canvas
+    orders, zoom = list(itertools.permutations(range(J))), N / cfg.patch
+    z_bg, kl = sample(*look_behind(p, cfg, x), noise.far)
+    background, left, found = draw_background(p, cfg, z_bg), torch.ones_like(x[:, :1]), []
+    for j in range(J):
+        with torch.no_grad():
+            guess, tint = unexplained(x, background, left, noise.uniform[:, j], cfg.sharp)
+        mean, log_std, depth, where = examine(p, cfg, x, left, guess, tint)
+        z, kl_j = sample(mean, log_std, noise.what[:, j])
+        alpha, colour = draw(p, cfg, z)
+        alpha = resample(alpha, zoom, -where * zoom, N)
+        if colour.shape[-1] > 1:
+            colour = resample(colour, zoom, -where * zoom, N)
+        found.append((alpha[:, 0], colour, depth))
+        kl, left = kl + kl_j, left * (1 - alpha)
+    alpha, colour, depth = (torch.stack(a, 1) for a in zip(*found, strict=True))
+    q = order_posterior(depth, weights.gamma, orders).exp()
+    errors = order_errors(x, alpha, colour, background, orders)
     prior = kl + 0.5 * (depth**2).sum()
     return ((32 / N) ** 2 / (2 * weights.std**2) * (q * errors).sum() + cfg.kl_weight * prior) / B
 
@@ -225,4 +275,5 @@ def paper(p, cfg, x, noise, weights):
 
 
 def objective(p, cfg, x, noise, weights):
-    return {"fast": fast, "paper": paper}[cfg.formulation](p, cfg, x, noise, weights)
+    return {"fast": fast, "turns": turns, "paper": paper}[cfg.formulation](p, cfg, x, noise,
+                                                                           weights)

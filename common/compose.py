@@ -8,8 +8,9 @@ V_K = background, V_{k-1} = alpha_{s_k} colour_{s_k} + (1 - alpha_{s_k}) V_k, th
     dbackground = T_K dV_0.
 An object's canvas is placed by convolution with its position map, out = canvas * theta, and cut
 out of a picture by cross-correlation with it: each is the other's way back. On the CPU sharp maps
-cost what their few large weights do, whatever the canvas: what is below FAINT is left out. For
-blurred ones Fourier transforms take less time.
+cost what their few large weights do, whatever the canvas: what is below FAINT is left out, and so
+are, on the way back, orders that weigh less than FAINT of an image's heaviest. For blurred maps
+Fourier transforms take less time.
 As in kernels.py each loop is there three times: reference, numba, CUDA. Colours and background are
 pictures of their own, or flat (h = w = 1).
 Dimension key: B images, C channels, K objects, S orders, H W pixels, h w colours' pixels,
@@ -22,7 +23,7 @@ from common.backend import DEVICE, xp
 from common.kernels import jit, launch
 
 MOST = 8                # objects that the CUDA version has room for
-FAINT = 1e-6            # weights of a position map that are not worth their time
+FAINT = 1e-6            # weights that are not worth their time
 SLOWER = 8              # a transform's time for a pixel, of a loop's for a weight and a pixel
 
 
@@ -227,11 +228,14 @@ def _order_errors_back(derrors, x, alpha, colour, background, orders, dalpha, dc
     back, d = np.empty((C, W), x.dtype), np.empty(W, x.dtype)
     dfront, dback = np.empty((K, C, W), x.dtype), np.empty((C, W), x.dtype)
     for n in range(B):
+        least = FAINT * np.abs(derrors[n]).max()
         for i in range(H):
             _rows(alpha, colour, background, n, i, a, front, back)
             dfront[:] = 0
             dback[:] = 0
             for s in range(len(orders)):
+                if abs(derrors[n, s]) < least:
+                    continue
                 twice = 2 * derrors[n, s]
                 _layers(a, front, back, orders[s], T, V)
                 for c in range(C):

@@ -57,6 +57,16 @@ def test_gradients(flat, rng):
     assert pullback_error(lambda *a: compose.order_errors(x, *a, orders), layers) < BOUND
 
 
+def test_orders_that_weigh_nothing_may_be_left_out(rng):
+    """One that is below FAINT of an image's heaviest moves nothing that can be seen."""
+    arrays, orders = scene(3, False, rng)
+    arrays = device(*arrays)
+    _, back = compose.order_errors(*arrays, orders)
+    derrors = to_device(np.array([[0.5, 0, 1e-8, 0, 0.2, 1e-9], [0, 1e-7, 0, 0, 0, 1e-5]]))
+    want = compose.order_errors_back_reference(derrors, *arrays, orders)
+    assert_close(back(derrors), want, 1e-6)
+
+
 def test_opaque_objects_are_painted_the_farthest_first():
     x = np.zeros((1, 1, 1, 3))
     alpha = np.array([[[[1.0, 1, 0]], [[0, 1, 0]]]])                # 0 covers two pixels, 1 one

@@ -19,6 +19,7 @@ SMALL = {"canvas": 32, "patch": 9, "crop": 8, "what": 3, "trunk": (2, 3), "encod
          "units": 5, "decoder": (4, 6)}
 PAPER = {"formulation": "paper", "patch": 16, "unet": (4, 4, 8), "maps": (3, 4, 4, 3),
          "stages": (4, 4, 4, 8, 4, 4)}
+TURNS = {"formulation": "turns", "data": "sprites", "colours": "shaded", "reach": 0.5, "nudge": 0.3}
 WEIGHTS = SimpleNamespace(std=0.3, gamma=0.7)
 
 
@@ -46,15 +47,26 @@ def check_objective(p, cfg, x, noise, weights, rng):
             assert np.abs(g[name]).max() < 1e-10
             continue
         assert g[name].any(), name
-        error = directional(lambda: depth.objective(p, cfg, x, noise, weights)[0], p[name],
-                            g[name], rng, EPS)
-        assert error < BOUND, (name, error)
+        eps = EPS / 10 if name.startswith("far") else EPS   # five normalisations curve more
+        errors = [directional(lambda: depth.objective(p, cfg, x, noise, weights)[0], p[name],
+                              g[name], rng, eps) for _ in range(2)]
+        assert min(errors) < BOUND, (name, errors)          # one way may be nearly level
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3])
 def test_objective_gradients(objects, rng):
     cfg, p, x, noise = setting(objects=objects)
     check_objective(p, cfg, x, noise, WEIGHTS, rng)
+
+
+@pytest.mark.parametrize("colours", ["flat", "shaded"])
+@pytest.mark.parametrize("objects", [2, 3])
+def test_turns_objective_gradients(objects, colours, rng, monkeypatch):
+    """Where to look is chosen among cells, and a choice has no gradient."""
+    monkeypatch.setattr(depth, "relu", tanh)
+    cfg, p, x, noise = setting(**{**TURNS, "objects": objects, "colours": colours})
+    x = np.random.default_rng(9).random(x.shape)
+    check_objective(p, cfg, x, noise, SimpleNamespace(std=1.0, gamma=0.7), rng)
 
 
 def test_paper_objective_gradients(rng, monkeypatch):
@@ -117,7 +129,7 @@ def test_scene_prior_gradients(rng):
         assert g[name].any() and error < BOUND, (name, error)
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER], ids=["fast", "paper"])
+@pytest.mark.parametrize("changes", [{}, TURNS, PAPER], ids=["fast", "turns", "paper"])
 def test_scenes_are_imagined_within_the_picture(changes, rng):
     cfg = depth.Config(**{**SMALL, **changes})
     p = Params(depth.init(cfg, 0))
@@ -127,7 +139,7 @@ def test_scenes_are_imagined_within_the_picture(changes, rng):
 
 def test_what_is_inferred_is_what_is_rendered(rng):
     """The generative model alone, given the latents of a scene, paints its reconstruction."""
-    for changes in ({}, PAPER):
+    for changes in ({}, TURNS, PAPER):
         cfg = depth.Config(**{**SMALL, **changes})
         p = Params(depth.init(cfg, 0))
         found = depth.infer_scenes(p, cfg, rng.random((3, 3, 32, 32), np.float32))
@@ -145,6 +157,25 @@ def test_piece_gradients(rng):
     for J in (1, 2, 3, 4):
         depths = rng.standard_normal((2, J))
         assert pullback_error(lambda d: depth.order_posterior(d, 0.7), [depths]) < BOUND
+
+
+# ---------------------------------------------------------------- where to look next
+
+def test_looks_at_what_is_unexplained(rng):
+    """Where most is unlike the background, or by chance as often; never at what is taken."""
+    x, background = np.zeros((500, 3, 32, 32)), np.zeros((500, 3, 32, 32))
+    left = np.ones((500, 1, 32, 32))
+    x[:, :, 4, 6], x[:, 1, 20:22, 30], x[:, 1, 20, 31] = 0.8, 0.9, 0.9  # 1 and 3 pixels of 4
+    where, tint = depth.unexplained(x, background, left, None, 1.0)
+    np.testing.assert_allclose(where, [[15.5 / 8 - 1, 10.5 / 8 - 1]] * 500)
+    np.testing.assert_allclose(tint, [[0, 0.675, 0]] * 500)
+    left[:, :, 20:22] = 0
+    _, tint = depth.unexplained(x, background, left, None, 1.0)
+    np.testing.assert_allclose(tint, [[0.2, 0.2, 0.2]] * 500)
+    uniform = rng.random((500, depth.A**2))
+    for sharp, share in ((1.0, 0.75), (2.0, 0.9)):
+        _, tint = depth.unexplained(x, background, np.ones_like(left), uniform, sharp)
+        assert abs((tint[:, 0] == 0).mean() - share) < 0.06
 
 
 # ---------------------------------------------------------------- who is in front
