@@ -112,9 +112,14 @@ def want(count):
     wanted = count if can else 1
 
 
+def shared():
+    """Whether what is allocated now will be common to the processes of a loop that is to come."""
+    return wanted > 1 and team is None
+
+
 def zeros(size, dtype):
     """Zeros; where a loop is going to fork, all its processes write into the same ones."""
-    if wanted == 1 or team or not size:
+    if not shared() or not size:
         return xp.zeros(size, dtype)
     return np.frombuffer(mmap.mmap(-1, size * np.dtype(dtype).itemsize), dtype)
 
