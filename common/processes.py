@@ -8,6 +8,7 @@ machines, `mpiexec -n 4 python script.py` (mpi4py) does the same. Alone, all thi
 import contextlib
 import ctypes
 import functools
+import gc
 import mmap
 import os
 import signal
@@ -156,6 +157,7 @@ def threads():
 def fork(batch):
     """As many processes as are wanted and can share this batch equally, from here on."""
     global team
+    gc.freeze()                 # what is there stays: the collector need not look through it again
     size = max(n for n in range(1, wanted + 1) if batch % n == 0)
     if size > 1:
         blas_threads(1)
@@ -172,6 +174,7 @@ def disband(status=0):
         team.end()
         blas_threads(THREADS)
     team, wanted = None, 1
+    gc.unfreeze()
 
 
 class Team:
