@@ -1077,12 +1077,56 @@ def eps_of(cfg, T, B, rng):
                      else rng.standard_normal(shape, np.float32))
 
 
+def settled(p, cfg, x, rows, what, where, own, steps=4, h=0.04):
+    """Where objects whose appearance is known fit a frame best: Gauss-Newton, all at once."""
+    one = own[:, None, None, None]                  # (M, 1, 1, 1)  which are in the frame at all
+    for _ in range(steps):
+        drawn, _ = draw(p, cfg, what, where)                        # (M, 1, S, S)
+        member = (rows == xp.arange(len(x))[:, None]).astype(x.dtype)       # (B, M)
+        y = gemm(member, (one * drawn).reshape(len(rows), -1)).reshape(x.shape)
+        left = (x - y)[rows]                                        # (M, 1, S, S)
+        right, down = ((draw(p, cfg, what, where + d)[0] - draw(p, cfg, what, where - d)[0])
+                       / (2 * h) for d in h * xp.eye(3, dtype=x.dtype)[1:])
+        (a, b, d), (u, v) = (
+            [xp.einsum("mchw,mchw->m", *pair) for pair in pairs] for pairs in (
+                ((right, right), (right, down), (down, down)), ((right, left), (down, left))))
+        a, d = a + 0.1, d + 0.1
+        step = xp.stack([d * u - b * v, a * v - b * u], 1) / (a * d - b * b)[:, None]
+        where = join(where[:, :1], where[:, 1:] + xp.clip(step, -0.15, 0.15))
+    return where
+
+
+def in_hindsight(p, cfg, xs, states):
+    """The last state, its objects' places and velocities once more from all frames.
+
+    An object looks best known in the last frame, and worst in the first, when it was discovered.
+    """
+    last, K = states[-1], cfg.what
+    rows, slots = xp.nonzero(last.there)            # (M,), (M,)
+    s = last.s[rows, slots].copy()                  # (M, F)
+    what, now, frames = s[:, 6:6 + K], s.copy(), xp.zeros(len(s), s.dtype)
+    now[:, 3:6] = 0
+    for x, state in zip(xs, states, strict=True):
+        own = (state.name[rows, slots] == last.name[rows, slots]).astype(s.dtype)   # (M,)
+        first = join(s[:, :1], state.s[rows, slots][:, 1:3])        # (M, 3)
+        where = settled(p, cfg, x, rows, what, first, own)          # (M, 3)
+        if cfg.walls:
+            now, _ = mirrored(p, cfg, now)          # (M, F)
+        weight = (own * (frames > 0) / xp.maximum(frames, 1))[:, None]      # (M, 1)  of a mean
+        velocity = now[:, 3:6] + weight * (where - now[:, :3] - now[:, 3:6])        # (M, 3)
+        now, frames = join(where, velocity, s[:, 6:]), frames + own
+    known = last.s.copy()
+    known[rows, slots] = now
+    return SimpleNamespace(**{**vars(last), "s": known})
+
+
 def continued(p, cfg, images, given=3, rng=None):
     """What the model expects after the first `given` frames. Host arrays (B, T, 1, S, S)."""
     B, T = images.shape[:2]
     xs = list(to_device(images[:, :given]).swapaxes(0, 1))
     _, states, _ = unroll(p, cfg, xs, no_noise(cfg, given, B))
-    return imagine(p, cfg, states[-1], eps_of(cfg, T - given, B, rng))
+    last = in_hindsight(p, cfg, xs, states)
+    return imagine(p, cfg, last, eps_of(cfg, T - given, B, rng))
 
 
 def prediction(p, cfg, parts, given=3):

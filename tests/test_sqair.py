@@ -290,6 +290,43 @@ def test_full_slots_find_nothing_more():
         assert (state.there.sum(1) <= 1).all() and (trace.n <= trace.free).all()
 
 
+def test_hindsight_finds_places_and_velocities(rng):
+    """Objects that move on evenly, and are first seen beside their places."""
+    cfg = sqair.Config(**{**SMALL, "canvas": 24, "glimpse": 8}, walls=True)
+    p = Params(sqair.init(cfg, 0), np.float64)
+    p["decode.2.W"][...] *= 10
+    T, rows = 3, np.array([0, 0, 1])
+    what, where, velocity = (rng.standard_normal((3, k)) for k in (cfg.what, 3, 2))
+    where[:, 1:] = [[-0.8, -0.8], [0.8, 0.8], [0.1, 0.1]]
+    velocity *= 0.05
+    xs, states = [], []
+    for t in range(T):
+        at = where + t * np.pad(velocity, ((0, 0), (1, 0)))
+        drawn, _ = sqair.draw(p, cfg, what, at)
+        xs.append(np.stack([drawn[:2].sum(0), drawn[2]]))
+        state = sqair.nothing(cfg, 2, float)
+        i = (rows, [0, 1, 0])
+        state.there[i], state.name[i], state.s[i + (slice(6, 10),)] = 1, [0, 1, 0], what
+        state.s[i + (slice(3),)] = at + 0.1 * np.pad(rng.uniform(-1, 1, (3, 2)), ((0, 0), (1, 0)))
+        states.append(state)
+    states[0].name[1] = -1                          # found in frame 2
+    s = sqair.in_hindsight(p, cfg, xs, states).s[i]
+    np.testing.assert_allclose(s[:, :3], at, atol=3e-3)
+    np.testing.assert_allclose(s[:, 4:6], velocity, atol=3e-3)
+
+
+def test_bounces_are_straight_lines_in_the_mirror():
+    cfg = sqair.Config(**SMALL, walls=True)
+    p = Params(sqair.init(cfg, 0), np.float64)
+    p["wall.W"][...] = 0                            # walls at -2 and 2
+    s = np.zeros((3, 6 + cfg.what + 2 * cfg.memory))
+    s[:, 1:3], s[:, 4:6] = [[1.9, 0], [1.9, -1.8], [-1.9, 2.1]], [[0.3, 0.3], [-0.3, -0.3],
+                                                                  [0.1, -0.2]]
+    past, _ = sqair.mirrored(p, cfg, s)
+    np.testing.assert_allclose(past[:, 1:3] + past[:, 4:6], [[1.8, 0.3], [1.6, -1.9], [-1.8, 1.9]])
+    np.testing.assert_allclose(past[:, 4:6], [[-0.3, 0.3], [-0.3, 0.3], [0.1, -0.2]])
+
+
 def test_priors_of_the_number_are_normalised():
     cfg = sqair.Config(first=0.7)
     trace = SimpleNamespace(ys=[None] * 4, first=True, free=np.array([0, 1, 2, 3]),
