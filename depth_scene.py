@@ -157,7 +157,8 @@ PRESETS = {
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
     "long": {"steps": 40_000, "eval_every": 4000},
     "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
-    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 3000},
+    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 2500,
+              "sharp": 4.0},
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
     "paper-small": {**PAPER, "steps": 3000, "canvas": 32, "patch": 16, "l1_cell": 4,
                     "unet": (16, 24, 32, 32), "maps": (16, 32, 32, 16),
@@ -989,34 +990,47 @@ def objective(p, cfg, x, noise, weights):
 
 # ================================================================ a second look
 
+def reconsider(p, cfg, x, v, background, weights):
+    """Eq. 9 for given latents v, summed over scenes: loss, layers and the pullback into g.
+
+    Gradients of weights go into `unused`.
+    """
+    B, J, N = len(x), cfg.objects, cfg.canvas
+    where, z = v["where"].reshape(B * J, 2), v["z"].reshape(B * J, -1)
+    alpha, colour, back_paint = paint(p, cfg, z, where)             # eq.5, eq.6
+    found = SimpleNamespace(
+        alpha=alpha.reshape(B, J, N, N), colour=colour.reshape(B, J, *colour.shape[1:]),
+        background=background, **{name: a.copy() for name, a in v.items()})
+    error, back_error = expected_error(x, found, weights.gamma)     # (B,)  eq.9
+    scale = error_weight(cfg, weights)
+    prior = 0.5 * (z * z).sum() + 0.5 * (found.depth * found.depth).sum()
+
+    def back(g, unused):
+        dalpha, dcolour, _, ddepth = back_error(scale)                              # eq.9
+        dalpha, dcolour = dalpha.reshape(alpha.shape), dcolour.reshape(colour.shape)
+        dz, dwhere = back_paint(dalpha, dcolour, unused)                            # eq.6, eq.5
+        dz = dz + cfg.kl_weight * z
+        ddepth = ddepth + cfg.kl_weight * found.depth
+        for name, d in (("where", dwhere), ("z", dz), ("depth", ddepth)):
+            g[name][...] = d.reshape(v[name].shape)
+
+    return scale * error.sum() + cfg.kl_weight * prior, found, back
+
+
 def refine(p, cfg, x, found, weights):
     """What eq. 9 likes better than the encoder's word: Adam on where, z and depth of each scene.
 
-    No weight is changed. The pullbacks are read here, on the way forward.
+    No weight is changed. Places move a tenth as fast.
     """
-    B, J, N = len(x), cfg.objects, cfg.canvas
     v = Params({name: to_host(getattr(found, name)) for name in ("where", "z", "depth")}, x.dtype)
     g, unused, adam = v.grads(), p.grads(), Optimiser(v, groups={"where": 0.1}, beta2=0.99)
-
-    def painted():
-        alpha, colour, pull = paint(p, cfg, v["z"].reshape(B * J, -1), v["where"].reshape(B * J, 2))
-        latents = {name: a.copy() for name, a in v.items()}
-        return SimpleNamespace(alpha=alpha.reshape(B, J, N, N), background=found.background,
-                               colour=colour.reshape(B, J, *colour.shape[1:]), **latents), pull
-
     for step in range(cfg.refine):
-        now, pull_paint = painted()
-        _, pull_error = expected_error(x, now, weights.gamma)
-        dalpha, dcolour, _, ddepth = pull_error(error_weight(cfg, weights))
-        dz, dwhere = pull_paint(dalpha.reshape(B * J, 1, N, N),
-                                dcolour.reshape(B * J, *now.colour.shape[2:]), unused)
+        _, _, slope = reconsider(p, cfg, x, v, found.background, weights)
         g.zero()
         unused.zero()
-        for name, d in (("where", dwhere), ("z", dz), ("depth", ddepth)):
-            prior = 0 if name == "where" else cfg.kl_weight * v[name]
-            g[name][...] = d.reshape(v[name].shape) + prior
+        slope(g, unused)
         adam.update(g, 0.03, step + 1)
-    return painted()[0]
+    return reconsider(p, cfg, x, v, found.background, weights)[1]
 
 
 # ================================================================ which objects go together

@@ -1,6 +1,7 @@
 """Factored depths: every gradient against finite differences, the promises of depth and scores."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
@@ -135,6 +136,34 @@ def test_scenes_are_imagined_within_the_picture(changes, rng):
     p = Params(depth.init(cfg, 0))
     pictures = depth.compose(depth.imagine(p, cfg, 5, rng))
     assert pictures.shape == (5, 3, 32, 32) and pictures.min() >= 0 and pictures.max() <= 1
+
+
+@pytest.mark.parametrize("changes", [{}, TURNS], ids=["fast", "turns"])
+def test_a_second_look_is_never_worse_and_changes_no_weight(changes, rng):
+    cfg, p, x, _ = setting(std=0.3, kl_weight=0.1, **changes)
+    before, weights = p.flat.copy(), depth.schedule(cfg, cfg.steps)
+    first = depth.infer_scenes(p, cfg, x)
+
+    def loss(found):
+        v = Params({name: getattr(found, name) for name in ("where", "z", "depth")}, np.float64)
+        return depth.reconsider(p, cfg, x, v, first.background, weights)[0]
+
+    found = [depth.infer_scenes(p, replace(cfg, refine=n), x) for n in (5, 20)]
+    assert loss(found[1]) < loss(found[0]) < loss(first)
+    np.testing.assert_array_equal(p.flat, before)
+
+
+def test_second_look_gradients(rng):
+    cfg, p, x, _ = setting(**TURNS)
+    found = depth.infer_scenes(p, cfg, x)
+    v = Params({name: getattr(found, name) for name in ("where", "z", "depth")}, np.float64)
+    weights, g = SimpleNamespace(std=0.3, gamma=0.7), v.grads()
+    _, _, back = depth.reconsider(p, cfg, x, v, found.background, weights)
+    back(g, p.grads())
+    for name in v:
+        error = directional(lambda: depth.reconsider(p, cfg, x, v, found.background, weights)[0],
+                            v[name], g[name], rng, EPS)
+        assert error < BOUND, (name, error)
 
 
 def test_what_is_inferred_is_what_is_rendered(rng):
@@ -291,6 +320,7 @@ def test_bad_scene_files_are_told(changes, words, tmp_path):
     ({**PAPER, "unet": (4,) * 6}, "6 levels"),
     ({**PAPER, "unet": (4, 6, 8)}, "multiples of 4"),
     ({**PAPER, "l1_cell": 7}, "does not divide"),
+    ({**PAPER, "refine": 3}, "not for the paper"),
 ])
 def test_impossible_configs_are_told(changes, words, tmp_path):
     cfg = depth.Config(**{**SMALL, **changes})

@@ -64,12 +64,13 @@ DEPTH = {"B": 17, "J": 4, "C": 3, "N": 64, "M": 40, "A": depth.A, "G": 12, "K": 
 
 
 def run_depth():
-    """All that the script computes, by both formulations."""
+    """All that the script computes, by its three formulations."""
     images = np.random.default_rng(0).random((17, 3, 64, 64), np.float32)
     for formulation, colours in (("paper", "flat"), ("fast", "flat"), ("turns", "shaded")):
         cfg = depth.Config(formulation=formulation, colours=colours, objects=4, patch=40, crop=12,
                            what=9, trunk=(6, 7), encoder=(6, 14), units=11, decoder=(10, 8),
-                           background=10, unet=(4, 4), stages=(4,) * 6, maps=(4,) * 4)
+                           background=10, unet=(4, 4), stages=(4,) * 6, maps=(4,) * 4,
+                           refine=int(formulation == "turns"))
         p = Params(depth.init(cfg, 0))
         _, _, back = depth.objective(p, cfg, images, depth.draw_noise(cfg, 17, 0, 0),
                                      depth.schedule(cfg, 0))
