@@ -108,8 +108,8 @@ PRESETS = {
               "prior_first": 2.0, "prior": 3.0},
     "reduction": {"model": "heads", "estimator": "relaxed", "layout": "overlap", "canvas": 32,
                   "digit_low": 12, "digit_high": 18, "glimpse": 16, "hidden": 100, "what": 20,
-                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_first": 0.3, "presence_weight": 0.3,
-                  "batch_size": 32, "steps": 3000},
+                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_first": 0.3, "presence_weight": 2.5,
+                  "prior_from": 900, "prior_to": 2100, "batch_size": 32, "steps": 3000},
 }
 
 
