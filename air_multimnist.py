@@ -77,7 +77,8 @@ class Config:
     warmup: int = cli.option(0, "updates of linear warm-up", low=0)
     baseline_lr: float = cli.option(5.0, "learning rate of nvil's baseline, as a multiple", low=0.0)
     kl_weight: float = cli.option(1.0, "relaxed: weight of the latents' KL", low=0.0)
-    presence_weight: float = cli.option(1.0, "relaxed: weight of presence's KL", low=0.0)
+    presence_first: float = cli.option(1.0, "relaxed: first weight of presence's KL", low=0.0)
+    presence_weight: float = cli.option(1.0, "relaxed: its last; it moves when C does", low=0.0)
     rates: tuple[float, ...] = cli.option((0.5, 0.4, 0.2), "relaxed: prior presence of each step",
                                           low=1e-6, high=0.999)
     temperature: float = cli.option(40.0, "first weight of q(n)'s entropy; falls to 1", low=1.0)
@@ -107,8 +108,8 @@ PRESETS = {
               "prior_first": 2.0, "prior": 3.0},
     "reduction": {"model": "heads", "estimator": "relaxed", "layout": "overlap", "canvas": 32,
                   "digit_low": 12, "digit_high": 18, "glimpse": 16, "hidden": 100, "what": 20,
-                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_weight": 0.3, "batch_size": 32,
-                  "steps": 3000},
+                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_first": 0.3, "presence_weight": 2.5,
+                  "prior_from": 900, "prior_to": 2100, "batch_size": 32, "steps": 3000},
 }
 
 
@@ -130,7 +131,7 @@ def init(cfg, seed):
         if bias is not None:
             arrays[name + ".b"] = np.broadcast_to(np.asarray(bias, float), n_out)
 
-    P = C * (cfg.canvas // 2) ** 2
+    P, heads = C * (cfg.canvas // 2) ** 2, cfg.model == "heads"
     if cfg.model == "air":
         layer("look.0", P, H, RELU)
         layer("look.1", H, 4 * H, 1.0, np.repeat([0.0, 1.0, 0.0, 0.0], H))      # forget gate: 1
@@ -140,17 +141,17 @@ def init(cfg, seed):
         layer("look.0", P, 2 * H, RELU)
         layer("look.1", 2 * H, H, RELU)
     else:
-        layer("look.0", P, U, RELU)
+        layer("look.0", C * cfg.canvas**2, U, RELU)
         layer("look.1", U, H, RELU)
         layer("look.2", H, cfg.max_steps * (4 + 2 * K), 0.1)
-    if cfg.model != "heads":
+    if not heads:
         layer("head", H, 7, 0.1, [2.0] + [0.0] * 3 + [-1.5] * 3)    # l, mean, log std of where
         layer("encode.0", C * G * G, U, RELU)
         layer("encode.1", U, U, RELU)
         layer("encode.2", U, 2 * K, OUT, [0.0] * K + [-1.0] * K)    # mean and log std of what
-    layer("decode.0", K, U, RELU)
-    layer("decode.1", U, U, RELU)
-    layer("decode.2", U, C * G * G, OUT, -3.0)                      # a dark patch to begin with
+    for i, n in enumerate([H] if heads else [U, U]):
+        layer(f"decode.{i}", n if i else K, n, RELU)
+    layer(f"decode.{i + 1}", n, C * G * G, OUT, -2.0 if heads else -3.0)    # dark to begin with
     layer("baseline.0", H, U, RELU)
     layer("baseline.1", U, 1, 0.0)
     return arrays
@@ -320,8 +321,9 @@ def draw(p, what, window, shape, size):
 def look(p, cfg, x):
     """What a step gets of the whole image, for all steps at once: (N, B, ..)."""
     N, B = cfg.max_steps, len(x)
-    y, back_y = mlp(p, "look", pool(x), want_dx=False)              # (B, L)  eq.2
-    own = cfg.model == "heads"                                      # each step has a part of y
+    own = cfg.model == "heads"              # they see every pixel, each step has a part of y
+    seen = x.reshape(B, -1) if own else pool(x)
+    y, back_y = mlp(p, "look", seen, want_dx=False)                 # (B, L)  eq.2
 
     def back(das, g):
         dy = xp.stack(das, 1).reshape(y.shape) if own else sum(das)
@@ -535,10 +537,10 @@ def relaxed(p, cfg, x, traces, noise, weights):
     ll, back_ll = gaussian_log_density(x, y, cfg.std)               # (B,)  eq.7
     rates = xp.asarray(cfg.rates, x.dtype)[:, None]                 # (N, 1)
     kl_pres, back_kl_pres = bernoulli_kl(logits, rates)             # (N, B)
-    loss = (-ll.sum() + cfg.kl_weight * kl.sum() + cfg.presence_weight * kl_pres.sum()) / B
+    loss = (-ll.sum() + cfg.kl_weight * kl.sum() + weights.presence * kl_pres.sum()) / B
 
     def back(g):
-        dlogits = back_kl_pres(xp.full_like(kl_pres, cfg.presence_weight / B))
+        dlogits = back_kl_pres(xp.full_like(kl_pres, weights.presence / B))
         dy = back_ll(xp.full_like(ll, -1 / B))                                      # eq.7
         dc = (drawn * dy).sum((2, 3, 4))                            # (N, B)
         dlogits = dlogits + from_first(dc * c) * (1 - z) / tau      # dc_i/dz_j = c_i / z_j, i >= j
@@ -572,6 +574,7 @@ def schedule(cfg, step):
     return SimpleNamespace(
         temperature=ramp(step, 0, cfg.temperature_steps, cfg.temperature, 1.0),
         C=ramp(step, cfg.prior_from, cfg.prior_to, cfg.prior_first, cfg.prior),
+        presence=ramp(step, cfg.prior_from, cfg.prior_to, cfg.presence_first, cfg.presence_weight),
         tau=ramp(step, 0, cfg.steps, 1.0, 0.2),
         lr=cfg.lr * cosine(step, cfg.steps, cfg.lr_floor, cfg.warmup))
 
@@ -631,9 +634,8 @@ def infer_scenes(p, cfg, images):
     n = q.argmax(0)                                                 # (B,)
     there = np.arange(N) < n[:, None]                               # (B, N)
     boxes = ink_boxes(np.diff(canvases, axis=1), INK)               # (B, N, 4)
-    boxes[~there] = np.nan
     attended = window_boxes(windows, (S, S))                        # (B, N, 4)
-    attended[~there] = np.nan
+    boxes[~there] = attended[~there] = np.nan
     return SimpleNamespace(n=n, q=q.T, there=there, boxes=boxes, windows=attended, patches=patches,
                            canvases=canvases, recon=canvases[np.arange(B), n])
 
@@ -824,8 +826,7 @@ def figures(folders, data_dir=None):
         if (channels(c), c.canvas, c.max_steps) != (channels(cfg), cfg.canvas, cfg.max_steps):
             raise Fail(f"{other} and {folder} cannot be compared: their scenes or steps differ")
     glyphs = load_glyphs(cfg, "test", data_dir)
-    fresh = draw_scenes(cfg, glyphs, TEST, 0, 1000)
-    images, counts = fresh.images, fresh.counts
+    images, counts = draw_scenes(cfg, glyphs, TEST, 0, 1000)[:2]
     pick = varied(counts, (4, 3, 1))
     guess = infer_scenes(p, cfg, images[pick])
     there, drawn, canvases = (getattr(guess, name).swapaxes(0, 1)

@@ -26,7 +26,7 @@ def setting(batch=2, seed=13, **changes):
     x = rng.random((batch, air.channels(cfg), cfg.canvas, cfg.canvas))
     noise = vars(air.draw_noise(cfg, batch, seed, 0))
     noise = SimpleNamespace(**{name: a.astype(float) for name, a in noise.items()})
-    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, C=2.0, tau=0.7)
+    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, C=2.0, presence=1.5, tau=0.7)
 
 
 def gradient(p, cfg, x, noise, weights):
@@ -303,8 +303,8 @@ def test_the_baseline_has_its_own_learning_rate():
 
 def test_relaxed_presence_becomes_a_decision_as_tau_falls(rng):
     """Without its KL terms the loss is then that of the canvas with the first n objects."""
-    cfg, _, x, noise, weights = setting(batch=20, estimator="relaxed", kl_weight=0.0,
-                                        presence_weight=0.0)
+    cfg, _, x, noise, weights = setting(batch=20, estimator="relaxed", kl_weight=0.0)
+    weights.presence = 0.0
     logits, _, ys, traces = made_up(cfg, x, rng)
     z = np.log(noise.uniform / (1 - noise.uniform)) + logits > 0
     n = z.cumprod(0).sum(0)
@@ -331,14 +331,16 @@ def test_gradients_stay_finite_however_sure_presence_is(estimator, sure):
 # ---------------------------------------------------------------- schedules, noise, scores
 
 def test_schedules_begin_and_end_where_the_config_says():
-    cfg = air.Config()
+    cfg = air.Config(presence_first=0.3, presence_weight=3.0)
     first, last = air.schedule(cfg, 0), air.schedule(cfg, cfg.steps)
     assert (first.temperature, first.C, first.tau) == (cfg.temperature, cfg.prior_first, 1)
     assert (last.temperature, last.C, last.tau) == pytest.approx((1, cfg.prior, 0.2))
+    assert (first.presence, last.presence) == (cfg.presence_first, cfg.presence_weight) == (0.3, 3)
     assert (first.lr, last.lr) == pytest.approx((cfg.lr, cfg.lr * cfg.lr_floor))
     ends = cfg.temperature_steps, cfg.prior_from, cfg.prior_to
     warm, before, arrived = (air.schedule(cfg, step) for step in ends)
     assert [warm.temperature, before.C, arrived.C] == [1, cfg.prior_first, cfg.prior]
+    assert [before.presence, arrived.presence] == [0.3, 3]
 
 
 def test_noise_depends_on_seed_and_step_only_and_processes_share_it():
@@ -352,6 +354,14 @@ def test_noise_depends_on_seed_and_step_only_and_processes_share_it():
         np.testing.assert_array_equal(a[:, 2:6], part[name])
         assert not any((a == other[name]).any() for other in others)
     assert whole["uniform"].min() > 0 and whole["uniform"].max() < 1
+
+
+def test_the_reduction_has_its_own_layers():
+    """Trunk 1024-200-100, per step a head of 1 + 3 + 20 + 20, decoder 20-100-256."""
+    p = Params(air.init(air.Config(**air.PRESETS["reduction"]), 0))
+    shapes = [p[name].shape for name in p if name.endswith("W") and "baseline" not in name]
+    assert shapes == [(1024, 200), (200, 100), (100, 3 * 44), (20, 100), (100, 256)]
+    assert (p["decode.1.b"] == -2).all()
 
 
 @pytest.mark.parametrize("model", MODELS)
