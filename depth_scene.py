@@ -43,7 +43,7 @@ The paper's own formulation (--preset paper; `paper-small` is the same with narr
            v_bg ~ prod_k (1 - alpha*_k), all divided by their sum:  y = sum_j v_j x*_j + v_bg x_bg
     eq.16  loss = |x - y|^2 / (2 sigma^2) + v KLs + w |mean_x,j q(theta_j | x) - uniform|_1
 
-Both then learn, with all else fixed, which objects go together (the paper's second stage):
+All then learn, with all else fixed, which objects go together (the paper's second stage):
 
     eq.17  y ~ N(0, 1), in two halves; q(y | all where, z, depth) = N(.., ..)
     eq.18  where ~ N(zeta(y_1)), then z, depth ~ N(xi(y_2, where)), for all objects at once
@@ -157,8 +157,8 @@ PRESETS = {
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
     "long": {"steps": 40_000, "eval_every": 4000},
     "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
-    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 2500,
-              "sharp": 4.0},
+    "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 4000,
+              "sharp": 4.0, "batch_size": 16},
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
     "paper-small": {**PAPER, "steps": 3000, "canvas": 32, "patch": 16, "l1_cell": 4,
                     "unet": (16, 24, 32, 32), "maps": (16, 32, 32, 16),
