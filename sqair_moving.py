@@ -18,7 +18,6 @@ The equations that tag the lines below (forward and backward alike), with the pa
     eq.8   z_pres_t^i ~ Bernoulli(sigmoid(MLP(h, e, z_what, z_where)))               (Alg. 2, 15)
     eq.9   l_t = sum_i MLP(z_what_t^i, z_where_t^i)              what is known  (Alg. 3, 4; Eq. 6)
     eq.10  d_i = RNN(x_t, l_t, z^{i-1}, d_{i-1}) -> z_pres, z_where                  (Alg. 3, 6-9)
-           with `--refine` that z_where is where to look first, and MLP(d_i, e^) moves on from it
     eq.11  z_what ~ N(code(encoder(read(x_t, z_where))))                             (Alg. 3, 11-13)
     eq.12  y_t = sum_i write(decoder(z_what^i), z_where^i)                           (Alg. 1)
     eq.13  log p(x_t | z_t) = log N(x_t; y_t, sigma^2)
@@ -79,8 +78,6 @@ class Config:
     vimco_from: int = cli.option(1, "vimco: shortest video that it trains on; fast below", low=1)
     through_time: bool = cli.option(False, "gradients flow from frame to frame")
     explain_away: bool = cli.option(True, "propagation sees the frame less the other objects")
-    refine: bool = cli.option(False, "discovery corrects by a first glimpse where to look (not "
-                              "while videos are one frame)")
     walls: bool = cli.option(False, "the prior lets objects bounce, off walls that it learns")
     net: str = cli.option("mlp", "encoders and decoder", choices=("mlp", "conv"))
     data: str = cli.option("digits", "what moves (digits: MNIST, or drawn without it)",
@@ -126,8 +123,8 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"walls": True, "refine": True, "steps": 11_000, "lengths": (1, 5, 10),
-             "starts": (0, 1600, 9000), "eval_every": 1000},
+    "long": {"walls": True, "steps": 8000, "lengths": (1, 5, 10), "starts": (0, 1600, 6500),
+             "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
     "conv": {"net": "conv", "units": 128, "hidden": 128},
@@ -196,11 +193,8 @@ def init(cfg, seed):
     layer("gate", U + Q + Q, 3 * K, SMALL, [0.0] * 2 * K + [-1.0] * K)      # g, add, log std
     layer("stay.0", Q + U + Z, 64, RELU)
     layer("stay.1", 64, 1, SMALL, 5.0)
-    if cfg.refine:
-        layer("refine.0", H + U, Q, RELU)
-        layer("refine.1", Q, 6, SMALL)
     if cfg.walls:
-        layer("wall", K, 4, SMALL, [-2.0] * 2 + [2.0] * 2)          # left, upper; right, lower
+        layer("wall", K, 4, 0.0, [-0.4] * 2 + [0.4] * 2)            # left, upper; right, lower
     return arrays
 
 
@@ -373,10 +367,10 @@ def residual(x, y):
 def mirrored(p, cfg, s):
     """The past of objects about to hit a wall, seen in that wall: a bounce is a straight line.
 
-    Where the walls of an object's centre are depends on what it is.
+    Where the walls of an object's centre are depends on what it is; they learn fast: few see one.
     """
     wall, back_wall = linear(p, "wall", s[:, 6:6 + cfg.what])       # (M, 4)  eq.1
-    low, high = wall[:, :2], wall[:, 2:]            # (M, 2), (M, 2)
+    low, high = 5 * wall[:, :2], 5 * wall[:, 2:]    # (M, 2), (M, 2)
     where, velocity = s[:, 1:3], s[:, 4:6]          # (M, 2), (M, 2)
     below = (where + velocity < low) & (velocity < 0)               # (M, 2)
     above = (where + velocity > high) & (velocity > 0)              # (M, 2)
@@ -387,7 +381,7 @@ def mirrored(p, cfg, s):
 
     def back(dpast, g):
         dwhere = dpast[:, 1:3]
-        dwhat = back_wall(2 * join(below * dwhere, above * dwhere), g)              # eq.1
+        dwhat = back_wall(10 * join(below * dwhere, above * dwhere), g)             # eq.1
         ds = dpast.copy()
         ds[:, 1:3], ds[:, 4:6] = turn * dwhere, turn * dpast[:, 4:6]
         ds[:, 6:6 + cfg.what] += dwhat
@@ -573,12 +567,7 @@ def discover(p, cfg, x, a, d, z, later, eps):
     d, back_d = rnn(p, "discover", a, join(d, z), elu)              # (B, H)  eq.10
     head, back_head = linear(p, "head", d)                          # (B, 7)  eq.10
     logit = head[:, 0] + (p["later.b"] if later else 0)             # (B,)  eq.10
-    place = head[:, 1:]                             # (B, 6)
-    if cfg.refine:
-        e0, back_e0 = glimpse_of(p, cfg, x, head[:, 1:4])           # (B, U)  eq.10
-        delta, back_delta = mlp(p, "refine", join(d, e0))           # (B, 6)  eq.10
-        place = place + delta                       # (B, 6)
-    where, cost_where, back_where = latent(place[:, :3], place[:, 3:], eps[:, :3], zero, zero,
+    where, cost_where, back_where = latent(head[:, 1:4], head[:, 4:], eps[:, :3], zero, zero,
                                            sampled)                 # (B, 3), (B,)  eq.10
     e, back_e = glimpse_of(p, cfg, x, where)                        # (B, U)  eq.11
     code, back_code = linear(p, "code", e)                          # (B, 2K)  eq.11
@@ -595,10 +584,6 @@ def discover(p, cfg, x, a, d, z, later, eps):
         de = back_code(join(dcode, dlog_std), g)                                    # eq.11
         dwhere_seen = back_e(de, g)                                                 # eq.11
         dmean, dlog_std, _, _ = back_where(dwhere + dwhere_drawn + dwhere_seen, dcost)  # eq.10
-        if cfg.refine:
-            dd_delta, de0 = split(back_delta(join(dmean, dlog_std), g),
-                                  cfg.hidden, cfg.units)                            # eq.10
-            dmean, dd = dmean + back_e0(de0, g), dd + dd_delta                      # eq.10
         if later:
             g["later.b"][...] += dlogit.sum()                                       # eq.10
         dd_head = back_head(join(dlogit[:, None], dmean, dlog_std), g)              # eq.10
@@ -1195,7 +1180,7 @@ def train(cfg, run):
         T, B = stage(cfg, step)
         start, count = share(B)
         weights = schedule(cfg, step)
-        now = replace(cfg, first=weights.first, refine=cfg.refine and T > 1,
+        now = replace(cfg, first=weights.first,
                       objective=cfg.objective if cfg.vimco_from <= T else "fast")
         batch = draw_videos(cfg, glyphs, run.seed, step * most + start, count, T)
         noise = draw_noise(now, T, B, run.seed, step, start, count)

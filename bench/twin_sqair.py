@@ -118,7 +118,7 @@ def draw(p, cfg, what, where):
 
 def mirrored(p, cfg, s):
     where, velocity, what = s[:, 1:3], s[:, 4:6], s[:, 6:6 + cfg.what]
-    low, high = linear(p, "wall", what).chunk(2, 1)
+    low, high = (5 * linear(p, "wall", what)).chunk(2, 1)
     below = (where + velocity < low) & (velocity < 0)
     above = (where + velocity > high) & (velocity > 0)
     turn = torch.where(below | above, -1, 1).to(s)
@@ -216,11 +216,7 @@ def discover(p, cfg, x, a, d, z, later, eps):
     d = rnn(p, "discover", a, torch.cat([d, z], 1))
     head = linear(p, "head", d)
     logit = head[:, 0] + p["later.b"] if later else head[:, 0]
-    place = head[:, 1:]
-    if cfg.refine:
-        e0 = glimpse_of(p, cfg, x, head[:, 1:4])
-        place = place + mlp(p, "refine", torch.cat([d, e0], 1))
-    where, cost_where = latent(place[:, :3], place[:, 3:], eps[:, :3], zero, zero, sampled)
+    where, cost_where = latent(head[:, 1:4], head[:, 4:], eps[:, :3], zero, zero, sampled)
     code = linear(p, "code", glimpse_of(p, cfg, x, where))
     what, cost_what = latent(code[:, :cfg.what], code[:, cfg.what:], eps[:, 3:], zero, zero,
                              sampled)

@@ -25,7 +25,7 @@ def setting(batch=3, frames=3, seed=5, **changes):
     p.flat[...] += 0.1 * rng.standard_normal(p.flat.size)
     p["later.b"][...] = p["stay.1.b"][...] = 0
     if cfg.walls:
-        p["wall.b"][...] *= 0.1                                     # near enough to bounce
+        p["wall.b"][...] *= 0.1                         # near enough to bounce
     videos = rng.random((batch, frames, 1, cfg.canvas, cfg.canvas))
     noise = [SimpleNamespace(eps=n.eps.astype(float), uniform=n.uniform.astype(float))
              for n in sqair.draw_noise(cfg, frames, batch, seed, 0)]
@@ -66,7 +66,7 @@ def test_costs_agree_on_average(rng):
 
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "vimco", "particles": 2}, {"net": "conv"},
-                                     {"refine": True, "walls": True},
+                                     {"walls": True},
                                      {"explain_away": False, "later": 3}, {"model": "air"}],
                          ids=str)
 def test_gradients_through_time(changes, monkeypatch, rng):
