@@ -155,7 +155,7 @@ TURNS = {"formulation": "turns", "nudge": 0.25, "reach": 0.75, "crop": 32, "patc
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
-    "long": {"steps": 40_000, "eval_every": 4000},
+    "long": {"steps": 20_000, "eval_every": 4000, "eval_scenes": 100, "refine": 100},
     "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
     "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 4000,
               "sharp": 4.0, "batch_size": 16},
