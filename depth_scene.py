@@ -81,6 +81,7 @@ from common.sampler import read, write
 from common.store import load_weights, save_weights, whole_file
 
 SEEN = 0.3              # a pixel belongs to an object where its alpha is above this (the paper's)
+OVERLAPS = tuple(range(0, 151, 10))     # pixels of 64 x 64 that depth accuracy is told for
 A = 16                  # attention cells a side
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
 
@@ -1145,7 +1146,7 @@ def latents_of_scenes(p, cfg, count, rng):
 
 
 def generation(p, cfg, part=250):
-    """Tables 1 and 2: generated scenes, and their objects alone, beside fresh ones.
+    """Tables 1 and 2: generated scenes, and their objects alone over black, beside fresh ones.
 
     Two sets of fresh scenes are apart, too (`_floor`): no model can do better.
     """
@@ -1269,23 +1270,26 @@ def in_order(found):
     return layers[rows, nearest], found.modal[rows, nearest]
 
 
-def score(p, cfg, parts):
+def score(p, cfg, parts, overlaps=()):
     """The paper's metrics over scenes that come in parts (images, amodal, order).
 
     mIOU counts objects that show a pixel, aIOU all that are there; DPA pairs that overlap by 30
-    pixels of 64 x 64, who is who being decided by amodal masks or (`.._modal`) by modal ones.
+    pixels of 64 x 64, who is who being decided by amodal masks or (`.._modal`) by modal ones. With
+    `overlaps` also the paper's Fig. 6: [so many pixels at least, DPA, DPA by modal masks, pairs].
     """
     total = dict.fromkeys(("modal", "visible", "amodal", "there", "right", "right_modal", "pairs",
                            "error", "pixels"), 0.0)
-    overlap = 30 * (cfg.canvas / 64) ** 2
+    pixel, ordered = (cfg.canvas / 64) ** 2, np.zeros((len(overlaps), 3))
     for images, amodal, order in parts:
         found = infer_scenes(p, cfg, images)
         modal, there = visible_masks(amodal, order), order >= 0
         seen = modal.any((2, 3))
         iou_modal, iou_amodal = mask_iou(modal, found.modal), mask_iou(amodal, found.amodal)
         by_modal, by_amodal = partners(iou_modal), partners(iou_amodal)
-        right, pairs = depth_pairs(amodal, order, by_amodal, found.order, overlap)
-        right_modal, _ = depth_pairs(amodal, order, by_modal, found.order, overlap)
+        matched = amodal, order, (by_amodal, by_modal), found.order
+        right, right_modal, pairs = pairs_in_order(*matched, 30 * pixel)
+        for k, overlap in enumerate(overlaps):
+            ordered[k] += pairs_in_order(*matched, overlap * pixel)
         part = {"modal": taken(iou_modal, by_modal)[seen].sum(), "visible": seen.sum(),
                 "amodal": taken(iou_amodal, by_amodal)[there].sum(), "there": there.sum(),
                 "right": right, "pairs": pairs, "right_modal": right_modal,
@@ -1295,25 +1299,17 @@ def score(p, cfg, parts):
     shares = {"modal_iou": ("modal", "visible"), "amodal_iou": ("amodal", "there"),
               "depth_accuracy": ("right", "pairs"),
               "depth_accuracy_modal": ("right_modal", "pairs"), "mse": ("error", "pixels")}
-    return {name: total[a] / total[b] if total[b] else None for name, (a, b) in shares.items()}
+    metrics = {name: total[a] / total[b] if total[b] else None for name, (a, b) in shares.items()}
+    if overlaps:
+        metrics["depth_by_overlap"] = [[overlap, a / n, b / n, int(n)] for overlap, (a, b, n)
+                                       in zip(overlaps, ordered.tolist(), strict=True) if n]
+    return metrics
 
 
-def depth_by_overlap(p, cfg, parts, overlaps=tuple(range(0, 151, 10))):
-    """The paper's Fig. 6: [overlap, DPA, DPA by modal masks, pairs] of pairs that share at least so
-    many pixels of 64 x 64."""
-    counts = np.zeros((len(overlaps), 3))
-    for images, amodal, order in parts:
-        found = infer_scenes(p, cfg, images)
-        modal = visible_masks(amodal, order)
-        by_amodal, by_modal = (partners(mask_iou(amodal, found.amodal)),
-                               partners(mask_iou(modal, found.modal)))
-        for k, overlap in enumerate(overlaps):
-            (right, pairs), (right_modal, _) = (
-                depth_pairs(amodal, order, partner, found.order, overlap * (cfg.canvas / 64)**2)
-                for partner in (by_amodal, by_modal))
-            counts[k] += right, right_modal, pairs
-    return [[o, a / n, b / n, int(n)] for o, (a, b, n) in zip(overlaps, counts.tolist(),
-                                                              strict=True) if n]
+def pairs_in_order(amodal, order, matchings, found_order, overlap):
+    """Of pairs that overlap so much, how many are in order with each matching; and how many."""
+    counts = [depth_pairs(amodal, order, who, found_order, overlap) for who in matchings]
+    return *[right for right, _ in counts], counts[0][1]
 
 
 def stream(cfg, seed, total, part=250):
@@ -1328,8 +1324,8 @@ def evaluate(cfg, weights, path=None, data_dir=None):
     check(cfg)
     p = fitting(weights, init(cfg, 0))
     if path is None:
-        metrics = {"scenes": cfg.data, **score(p, cfg, stream(cfg, TEST, cfg.test_scenes)),
-                   "depth_by_overlap": depth_by_overlap(p, cfg, stream(cfg, TEST, cfg.test_scenes))}
+        parts = stream(cfg, TEST, cfg.test_scenes)
+        metrics = {"scenes": cfg.data, **score(p, cfg, parts, OVERLAPS)}
         return metrics | (generation(p, cfg) if cfg.generated else {})
     return score(p, cfg, file_parts(cfg, path))
 
@@ -1446,7 +1442,7 @@ def figures(folders, data_dir=None):
         ("both", walk(p, cfg, pair, 9, ("where", "z", "depth")))])
     samples(folder / "samples.png", compose(imagine(p, cfg, 40, np.random.default_rng(0))))
     depth.overlap_curves(folder / "overlap.png", {
-        f.name: depth_by_overlap(q, c, stream(c, TEST, c.test_scenes))
+        f.name: score(q, c, stream(c, TEST, c.test_scenes), OVERLAPS)["depth_by_overlap"]
         for f, (c, q) in zip(folders, runs, strict=True)})
     curves.curves(folder / "curves.png", {f.name: f / "metrics.jsonl" for f in folders},
                   [("modal_iou", "mIOU"), ("amodal_iou", "aIOU"), ("depth_accuracy", "DPA")])

@@ -333,7 +333,8 @@ def test_the_truth_scores_one(monkeypatch, tmp_path):
                                modal=depth.visible_masks(truth.amodal, truth.order)[:, ::-1])
 
     monkeypatch.setattr(depth, "infer_scenes", know)
-    rows = depth.depth_by_overlap(None, cfg, [(truth.images, truth.amodal, truth.order)])
+    rows = depth.score(None, cfg, [(truth.images, truth.amodal, truth.order)],
+                       depth.OVERLAPS)["depth_by_overlap"]
     shared = (truth.amodal[:, 0] & truth.amodal[:, 1]).sum((1, 2))
     for overlap, right, right_modal, pairs in rows:
         assert right == right_modal == 1 and pairs == (shared >= overlap / 4).sum()
