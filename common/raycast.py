@@ -287,9 +287,11 @@ def cover(camera, solids, least, depth, masks, amodal, order):
 def spread(image, i, j, colour):
     """How far the four neighbours of a pixel differ from the colour, at most."""
     size, most = len(image), 0.0
-    for y, x in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-        for c in range(3 if min(y, x) >= 0 and max(y, x) < size else 0):
-            most = max(most, abs(image[y, x, c] - colour[c]))
+    for k in range(4):
+        y, x = i + (k == 1) - (k == 0), j + (k == 3) - (k == 2)
+        if 0 <= y < size and 0 <= x < size:
+            for c in range(3):
+                most = max(most, abs(image[y, x, c] - colour[c]))
     return most
 
 
