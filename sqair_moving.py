@@ -7,7 +7,6 @@ each frame: PROPagation carries every object over from the last frame, DISCovery
 The equations that tag the lines below (forward and backward alike), with the paper's algorithms:
 
     eq.1   p(z_t^i | z_{t-1}^i) = N(z_where + velocity, ..) N(z_what + .., ..)           prior
-           of what is about to hit a wall, z_{t-1} is seen in that wall (`--walls`)
            proposal = z_where + velocity + .1 W h_{t-1}^i        where to look first (Alg. 2, 6)
     eq.2   e^ = encoder(read(x_t, proposal))                                         (Alg. 2, 7-8)
     eq.3   r_i = RNN(e^, z_{t-1}^i, h_{t-1}^i, z_t^j, r_j)       relations           (Alg. 2, 9)
@@ -78,7 +77,8 @@ class Config:
     vimco_from: int = cli.option(1, "vimco: shortest video that it trains on; fast below", low=1)
     through_time: bool = cli.option(False, "gradients flow from frame to frame")
     explain_away: bool = cli.option(True, "propagation sees the frame less the other objects")
-    walls: bool = cli.option(False, "the prior lets objects bounce, off walls that it learns")
+    bounce: bool = cli.option(True, "imagined objects turn round where the middle of their ink "
+                              "meets an edge")
     net: str = cli.option("mlp", "encoders and decoder", choices=("mlp", "conv"))
     data: str = cli.option("digits", "what moves (digits: MNIST, or drawn without it)",
                            choices=("digits", "drawn"))
@@ -123,7 +123,7 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"walls": True, "steps": 8000, "lengths": (1, 5, 10), "starts": (0, 1600, 6500),
+    "long": {"steps": 8000, "lengths": (1, 5, 10), "starts": (0, 1600, 6500),
              "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
@@ -193,8 +193,6 @@ def init(cfg, seed):
     layer("gate", U + Q + Q, 3 * K, SMALL, [0.0] * 2 * K + [-1.0] * K)      # g, add, log std
     layer("stay.0", Q + U + Z, 64, RELU)
     layer("stay.1", 64, 1, SMALL, 5.0)
-    if cfg.walls:
-        layer("wall", K, 4, 0.0, [-0.4] * 2 + [0.4] * 2)            # left, upper; right, lower
     return arrays
 
 
@@ -364,32 +362,6 @@ def residual(x, y):
 
 # ================================================================ propagation (Algorithm 2)
 
-def mirrored(p, cfg, s):
-    """The past of objects about to hit a wall, seen in that wall: a bounce is a straight line.
-
-    Where the walls of an object's centre are depends on what it is; they learn fast: few see one.
-    """
-    wall, back_wall = linear(p, "wall", s[:, 6:6 + cfg.what])       # (M, 4)  eq.1
-    low, high = 5 * wall[:, :2], 5 * wall[:, 2:]    # (M, 2), (M, 2)
-    where, velocity = s[:, 1:3], s[:, 4:6]          # (M, 2), (M, 2)
-    below = (where + velocity < low) & (velocity < 0)               # (M, 2)
-    above = (where + velocity > high) & (velocity > 0)              # (M, 2)
-    turn = xp.where(below | above, -1, 1).astype(s.dtype)           # (M, 2)
-    past = s.copy()                                 # (M, F)
-    past[:, 1:3] = turn * where + 2 * (below * low + above * high)
-    past[:, 4:6] = turn * velocity
-
-    def back(dpast, g):
-        dwhere = dpast[:, 1:3]
-        dwhat = back_wall(10 * join(below * dwhere, above * dwhere), g)             # eq.1
-        ds = dpast.copy()
-        ds[:, 1:3], ds[:, 4:6] = turn * dwhere, turn * dpast[:, 4:6]
-        ds[:, 6:6 + cfg.what] += dwhat
-        return ds
-
-    return past, back
-
-
 def expect(p, cfg, s, age):
     """Before the frame is seen: each object's prior, and where to look for it first.
 
@@ -495,8 +467,6 @@ def propagate_all(p, cfg, x, state, noise):
     B, K, Q = len(x), cfg.what, cfg.memory
     slots, rows = xp.nonzero(state.there.T)         # (M,), (M,)
     s0, age = state.s[rows, slots], state.age[rows, slots]          # (M, F), (M,)
-    if cfg.walls:
-        s0, back_mirror = mirrored(p, cfg, s0)      # (M, F)
     ends = [0, *np.cumsum(to_host(state.there.sum(0)).astype(int)).tolist()]
     taken = [(i, slice(*k)) for i, k in enumerate(pairwise(ends)) if k[0] < k[1]]
     proposal, mean0, log_std0, memory, back_expect = expect(p, cfg, s0, age)
@@ -533,11 +503,8 @@ def propagate_all(p, cfg, x, state, noise):
             ds0[k], dahead_k, drelation[r] = back_k(dlogit, dcost, ddrawn, ds[k], drelation[r], g)
             for d, d_k in zip(dahead, dahead_k, strict=True):
                 d[k] = d_k
-        ds0 = ds0 + back_expect(*dahead, g)
-        if cfg.walls:
-            ds0 = back_mirror(ds0, g)
         dstate = xp.zeros_like(state.s)
-        dstate[rows, slots] = ds0
+        dstate[rows, slots] = ds0 + back_expect(*dahead, g)
         return dstate
 
     return traces, xp.concatenate(new), (rows, slots), y, back
@@ -1035,6 +1002,27 @@ def addition(p, cfg, *glyphs, count=(60_000, 2000)):
 
 # ================================================================ imagining: the prior alone
 
+def mirrored(p, cfg, s):
+    """The past of objects about to bounce, seen in the edge: a bounce is a straight line.
+
+    Nothing of this is learned: an object turns round where the middle of its ink meets the edge.
+    """
+    if not cfg.bounce:
+        return s
+    where, velocity = s[:, 1:3], s[:, 4:6]          # (M, 2), (M, 2)
+    patch, _ = DECODE[cfg.net](p, cfg, s[:, 6:6 + cfg.what])        # (M, 1, G, G)
+    box = np.nan_to_num(ink_boxes(to_host(patch), INK), nan=cfg.glimpse / 2)    # (M, 4)
+    middle = to_device(((box[:, :2] + box[:, 2:]) / cfg.glimpse - 1).astype(np.float32))
+    away = 2 * window_of(s[:, :3])[0][:, :1] * middle               # (M, 2)
+    below = (where + velocity < -2 - away) & (velocity < 0)         # (M, 2)
+    above = (where + velocity > 2 - away) & (velocity > 0)          # (M, 2)
+    turn = xp.where(below | above, -1, 1).astype(s.dtype)           # (M, 2)
+    edge = 4.0 * above - 4.0 * below - 2 * (below | above) * away   # (M, 2)
+    past = s.copy()                                 # (M, F)
+    past[:, 1:3], past[:, 4:6] = turn * where + edge, turn * velocity
+    return past
+
+
 def imagine(p, cfg, state, noise):
     """Algorithm 1 with objects that move on by eq. 1; none comes or goes. (B, T, 1, S, S)"""
     K, Q = cfg.what, cfg.memory
@@ -1042,8 +1030,7 @@ def imagine(p, cfg, state, noise):
     s, age = state.s[rows, slots], state.age[rows, slots]           # (M, F), (M,)
     videos = xp.zeros((len(state.s), len(noise), 1, cfg.canvas, cfg.canvas), s.dtype)
     for t, eps in enumerate(noise):
-        if cfg.walls:
-            s, _ = mirrored(p, cfg, s)              # (M, F)
+        s = mirrored(p, cfg, s)                     # (M, F)
         _, mean, log_std, memory, _ = expect(p, cfg, s, age)        # (M, 3+K), (M, 3+K), (M, Q)
         z = mean + xp.exp(log_std) * eps[slots, rows]               # (M, 3+K)
         where0, velocity, _, h, _ = split(s, 3, 3, K, Q, Q)
@@ -1095,8 +1082,7 @@ def in_hindsight(p, cfg, xs, states):
         own = (state.name[rows, slots] == last.name[rows, slots]).astype(s.dtype)   # (M,)
         first = join(s[:, :1], state.s[rows, slots][:, 1:3])        # (M, 3)
         where = settled(p, cfg, x, rows, what, first, own)          # (M, 3)
-        if cfg.walls:
-            now, _ = mirrored(p, cfg, now)          # (M, F)
+        now = mirrored(p, cfg, now)                 # (M, F)
         weight = (own * (frames > 0) / xp.maximum(frames, 1))[:, None]      # (M, 1)  of a mean
         velocity = now[:, 3:6] + weight * (where - now[:, :3] - now[:, 3:6])        # (M, 3)
         now, frames = join(where, velocity, s[:, 6:]), frames + own
@@ -1261,4 +1247,4 @@ def load_run(folder):
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
              adjustable=("motion", "data", "counts", "frames", "test_videos", "bound_particles",
-                         "bound_videos", "addition"))
+                         "bound_videos", "addition", "bounce"))

@@ -51,7 +51,7 @@ def cross_entropy(logits, labels):
     return loss, back
 
 
-def probe(train, test, classes, seed=0, steps=40_000, batch=256, units=256, lr=1e-3):
+def probe(train, test, classes, seed=0, steps=24_000, batch=256, units=256, lr=1e-3):
     """Accuracy on `test` of a classifier learned on `train`; both are (features, labels), host.
 
     Features (B, N, K) are scaled by the standard deviation that they have in training.

@@ -132,8 +132,7 @@ def run_sqair():
     try:
         for objective, net, B in (("fast", "conv", 10), ("vimco", "mlp", 5)):
             cfg = sqair.Config(objective=objective, net=net, canvas=12, glimpse=8, hidden=22,
-                               memory=16, what=9, units=14, particles=2, later=3, data="drawn",
-                               walls=True)
+                               memory=16, what=9, units=14, particles=2, later=3, data="drawn")
             p = Params(sqair.init(cfg, 0))
             videos = np.random.default_rng(0).random((B, 4, 1, 12, 12), np.float32)
             noise = sqair.draw_noise(cfg, 4, B, 0, 0)

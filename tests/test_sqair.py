@@ -24,8 +24,6 @@ def setting(batch=3, frames=3, seed=5, **changes):
     p = Params(sqair.init(cfg, seed), np.float64)
     p.flat[...] += 0.1 * rng.standard_normal(p.flat.size)
     p["later.b"][...] = p["stay.1.b"][...] = 0
-    if cfg.walls:
-        p["wall.b"][...] *= 0.1                         # near enough to bounce
     videos = rng.random((batch, frames, 1, cfg.canvas, cfg.canvas))
     noise = [SimpleNamespace(eps=n.eps.astype(float), uniform=n.uniform.astype(float))
              for n in sqair.draw_noise(cfg, frames, batch, seed, 0)]
@@ -66,7 +64,6 @@ def test_costs_agree_on_average(rng):
 
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "vimco", "particles": 2}, {"net": "conv"},
-                                     {"walls": True},
                                      {"explain_away": False, "later": 3}, {"model": "air"}],
                          ids=str)
 def test_gradients_through_time(changes, monkeypatch, rng):
@@ -292,7 +289,7 @@ def test_full_slots_find_nothing_more():
 
 def test_hindsight_finds_places_and_velocities(rng):
     """Objects that move on evenly, and are first seen beside their places."""
-    cfg = sqair.Config(**{**SMALL, "canvas": 24, "glimpse": 8}, walls=True)
+    cfg = sqair.Config(**{**SMALL, "canvas": 24, "glimpse": 8})
     p = Params(sqair.init(cfg, 0), np.float64)
     p["decode.2.W"][...] *= 10
     T, rows = 3, np.array([0, 0, 1])
@@ -316,15 +313,19 @@ def test_hindsight_finds_places_and_velocities(rng):
 
 
 def test_bounces_are_straight_lines_in_the_mirror():
-    cfg = sqair.Config(**SMALL, walls=True)
+    cfg = sqair.Config(**SMALL)
     p = Params(sqair.init(cfg, 0), np.float64)
-    p["wall.W"][...] = 0                            # walls at -2 and 2
+    p["decode.2.W"][...] = 0
+    p["decode.2.b"].reshape(4, 4)[:, 1:3] = 3       # ink in the two columns in the middle
     s = np.zeros((3, 6 + cfg.what + 2 * cfg.memory))
     s[:, 1:3], s[:, 4:6] = [[1.9, 0], [1.9, -1.8], [-1.9, 2.1]], [[0.3, 0.3], [-0.3, -0.3],
                                                                   [0.1, -0.2]]
-    past, _ = sqair.mirrored(p, cfg, s)
+    past = sqair.mirrored(p, cfg, s)
     np.testing.assert_allclose(past[:, 1:3] + past[:, 4:6], [[1.8, 0.3], [1.6, -1.9], [-1.8, 1.9]])
     np.testing.assert_allclose(past[:, 4:6], [[-0.3, 0.3], [-0.3, 0.3], [0.1, -0.2]])
+    p["decode.2.b"].reshape(4, 4)[:, 1] = -3        # ink right of the middle, by a quarter
+    past = sqair.mirrored(p, cfg, s)                # so it turns round by 2 x .5 x .25 x 2 earlier
+    np.testing.assert_allclose(past[0, 1:3] + past[0, 4:6], [1.3, 0.3])
 
 
 def test_priors_of_the_number_are_normalised():
