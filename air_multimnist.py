@@ -34,13 +34,13 @@ from common import cli, data, scenes
 from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import confusion, ink_boxes, matched_iou
-from common.mpi import is_root, mean_over_processes, share
 from common.ops import (
-    bernoulli_kl, clamp, gaussian_log_density, latent, linear, log_logistic, logistic, lstm, mlp,
-    relu, sigmoid,
+    bernoulli_kl, clamp, gaussian_log_density, latent, linear, log_logistic, logistic, lstm,
+    lstm_cell, mlp, relu, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.sampler import read, window_boxes, write
 from common.store import load_weights, save_weights, whole_file
 
@@ -77,7 +77,8 @@ class Config:
     warmup: int = cli.option(0, "updates of linear warm-up", low=0)
     baseline_lr: float = cli.option(5.0, "learning rate of nvil's baseline, as a multiple", low=0.0)
     kl_weight: float = cli.option(1.0, "relaxed: weight of the latents' KL", low=0.0)
-    presence_weight: float = cli.option(1.0, "relaxed: weight of presence's KL", low=0.0)
+    presence_first: float = cli.option(1.0, "relaxed: first weight of presence's KL", low=0.0)
+    presence_weight: float = cli.option(1.0, "relaxed: its last; it moves when C does", low=0.0)
     rates: tuple[float, ...] = cli.option((0.5, 0.4, 0.2), "relaxed: prior presence of each step",
                                           low=1e-6, high=0.999)
     temperature: float = cli.option(40.0, "first weight of q(n)'s entropy; falls to 1", low=1.0)
@@ -107,8 +108,8 @@ PRESETS = {
               "prior_first": 2.0, "prior": 3.0},
     "reduction": {"model": "heads", "estimator": "relaxed", "layout": "overlap", "canvas": 32,
                   "digit_low": 12, "digit_high": 18, "glimpse": 16, "hidden": 100, "what": 20,
-                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_weight": 0.3, "batch_size": 32,
-                  "steps": 3000},
+                  "std": 0.5**0.5, "kl_weight": 0.05, "presence_first": 0.3, "presence_weight": 2.5,
+                  "prior_from": 900, "prior_to": 2100, "batch_size": 32, "steps": 3000},
 }
 
 
@@ -130,7 +131,7 @@ def init(cfg, seed):
         if bias is not None:
             arrays[name + ".b"] = np.broadcast_to(np.asarray(bias, float), n_out)
 
-    P = C * (cfg.canvas // 2) ** 2
+    P, heads = C * (cfg.canvas // 2) ** 2, cfg.model == "heads"
     if cfg.model == "air":
         layer("look.0", P, H, RELU)
         layer("look.1", H, 4 * H, 1.0, np.repeat([0.0, 1.0, 0.0, 0.0], H))      # forget gate: 1
@@ -140,23 +141,23 @@ def init(cfg, seed):
         layer("look.0", P, 2 * H, RELU)
         layer("look.1", 2 * H, H, RELU)
     else:
-        layer("look.0", P, U, RELU)
+        layer("look.0", C * cfg.canvas**2, U, RELU)
         layer("look.1", U, H, RELU)
         layer("look.2", H, cfg.max_steps * (4 + 2 * K), 0.1)
-    if cfg.model != "heads":
+    if not heads:
         layer("head", H, 7, 0.1, [2.0] + [0.0] * 3 + [-1.5] * 3)    # l, mean, log std of where
         layer("encode.0", C * G * G, U, RELU)
         layer("encode.1", U, U, RELU)
         layer("encode.2", U, 2 * K, OUT, [0.0] * K + [-1.0] * K)    # mean and log std of what
-    layer("decode.0", K, U, RELU)
-    layer("decode.1", U, U, RELU)
-    layer("decode.2", U, C * G * G, OUT, -3.0)                      # a dark patch to begin with
+    for i, n in enumerate([H] if heads else [U, U]):
+        layer(f"decode.{i}", n if i else K, n, RELU)
+    layer(f"decode.{i + 1}", n, C * G * G, OUT, -2.0 if heads else -3.0)    # dark to begin with
     layer("baseline.0", H, U, RELU)
     layer("baseline.1", U, 1, 0.0)
     return arrays
 
 
-# ================================================================ one step: find and draw an object
+# ================================================================ one step: find an object; draw it
 
 def pool(x):
     """Means of 2 x 2 pixels, flattened. Only images are pooled: no gradient is needed."""
@@ -203,7 +204,7 @@ def encode(p, glimpse):
 
 def decode(p, what, shape):
     """A patch in [0, 1]."""
-    y, back_y = mlp(p, "decode", what, last=sigmoid)                # (B, C*G*G)
+    y, back_y = mlp(p, "decode", what, last=sigmoid)                # (..., C*G*G)
 
     def back(dpatch, g):
         return back_y(dpatch.reshape(y.shape), g)
@@ -227,10 +228,21 @@ def attend_air(p, seen, a, z, h, c):
     return h, c, back
 
 
+def attend_first(p, seen, a, z, h, c):
+    """AIR's step 1: nothing is remembered and nothing was found, the image is all there is."""
+    h, c, back_cell = lstm_cell(a, c)                               # (B, H), (B, H)  eq.2
+
+    def back(dh, dc, g):
+        da, dc = back_cell(dh, dc)                                                  # eq.2
+        return da, None, None, dc
+
+    return h, c, back
+
+
 def attend_dair(p, seen, a, z, h, c):
     """No memory: the canvas has it."""
     pooled = pool(seen)                                             # (B, P)
-    h_new, back_h = mlp(p, "look", pooled, last=relu)               # (B, H)  eq.2
+    h_new, back_h = mlp(p, "look", pooled, last=relu, want_dx=False)    # (B, H)  eq.2
 
     def back(dh, dc, g):
         back_h(dh, g)                                                               # eq.2
@@ -242,76 +254,76 @@ def attend_dair(p, seen, a, z, h, c):
 ATTEND = {"air": attend_air, "dair": attend_dair}
 
 
-def step(p, cfg, x, a, state, eps_where, eps_what):
-    """Object i: attend (eq.2 to 4), infer what it is (eq.5), draw it (eq.6)."""
-    h, c, z, y = state                              # (B, H), (B, H), (B, Z), (B, C, S, S)
-    # z is object i-1: 1 (it is there, or step i would not matter), z_where, z_what; 0 at step 1
-    seen = residual(x, y) if cfg.model == "dair" else x             # (B, C, S, S)  eq.2
-    h, c, back_h = ATTEND[cfg.model](p, seen, a, z, h, c)           # (B, H), (B, H)  eq.2
+def find(p, cfg, seen, a, state, eps_where, eps_what):
+    """Object i: attend (eq.2 to 4), infer what it is (eq.5)."""
+    # z (B, Z) is object i-1: 1 (it is there, or step i would not matter), z_where, z_what.
+    # At AIR's step 1 there is none, and no memory h (B, H).
+    h, c, z = state
+    attend = attend_first if z is None else ATTEND[cfg.model]
+    h, c, back_h = attend(p, seen, a, z, h, c)                      # (B, H), (B, H)  eq.2
     logit, mean, log_std, back_head = head(p, h)                    # (B,), (B, 3), (B, 3)  eq.3
     where, kl_where, back_where = latent(mean, log_std, eps_where)  # (B, 3), (B,)  eq.3
     window, back_window = window_of(where)                          # (B, 3)  eq.4
     glimpse, back_read = read(seen, window, cfg.glimpse)            # (B, C, G, G)  eq.5
     code, code_log_std, back_encode = encode(p, glimpse)            # (B, K), (B, K)  eq.5
     what, kl_what, back_what = latent(code, code_log_std, eps_what)  # (B, K), (B,)  eq.5
-    patch, back_decode = decode(p, what, glimpse.shape)             # (B, C, G, G)  eq.6
-    drawn, back_write = write(patch, window, x.shape[2:])           # (B, C, S, S)  eq.6
-    y = y + drawn                                                   # (B, C, S, S)  eq.6
     z = xp.concatenate([xp.ones_like(where[:, :1]), where, what], 1)    # (B, Z)
-    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, y=y, window=window,
-                            patch=patch)
+    trace = SimpleNamespace(logit=logit, kl=kl_where + kl_what, h=h, window=window, what=what)
 
-    def back(dstate, dlogit, dkl, g):
-        dh, dc, dz, dy = dstate
-        dpatch, dwindow_drawn = back_write(dy)                                      # eq.6
-        dwhat = back_decode(dpatch, g)                                              # eq.6
+    def back(dstate, dlogit, dkl, dwindow, dwhat, g):
+        dh, dc, dz = dstate
         dcode, dcode_log_std = back_what(dwhat + dz[:, 4:], dkl)                    # eq.5
         dglimpse = back_encode(dcode, dcode_log_std, g)                             # eq.5
         _, dwindow_read = back_read(dglimpse)                                       # eq.5
-        dwhere = back_window(dwindow_drawn + dwindow_read)                          # eq.4
+        dwhere = back_window(dwindow + dwindow_read)                                # eq.4
         dmean, dlog_std = back_where(dwhere + dz[:, 1:4], dkl)                      # eq.3
         dh_head = back_head(dlogit, dmean, dlog_std, g)                             # eq.3
         da, dz, dh, dc = back_h(dh + dh_head, dc, g)                                # eq.2
-        return da, (dh, dc, dz, dy)
+        return da, (dh, dc, dz)
 
-    return trace, (h, c, z, y), back
+    return trace, (h, c, z), back
 
 
-def step_heads(p, cfg, x, a, state, eps_where, eps_what):
+def find_heads(p, cfg, seen, a, state, eps_where, eps_what):
     """The NumPy reduction: no memory and no attention; a (B, 4+2K) is this step's own head."""
-    h, c, z, y = state                              # (B, H), (B, H), (B, Z), (B, C, S, S)
-    K, G = cfg.what, cfg.glimpse
+    K = cfg.what
     logit, where, code = a[:, 0], a[:, 1:4], a[:, 4:4 + K]          # (B,), (B, 3), (B, K)
     code_log_std, back_clamp = clamp(a[:, 4 + K:], -5, 1)           # (B, K)
     window, back_window = window_of(where)                          # (B, 3)  eq.4
     what, kl, back_what = latent(code, code_log_std, eps_what)      # (B, K), (B,)  eq.5
-    patch, back_decode = decode(p, what, (len(x), x.shape[1], G, G))    # (B, C, G, G)  eq.6
-    drawn, back_write = write(patch, window, x.shape[2:])           # (B, C, S, S)  eq.6
-    y = y + drawn                                                   # (B, C, S, S)  eq.6
-    trace = SimpleNamespace(logit=logit, kl=kl, h=h, y=y, window=window, patch=patch)
+    trace = SimpleNamespace(logit=logit, kl=kl, h=state[0], window=window, what=what)
 
-    def back(dstate, dlogit, dkl, g):
-        dh, dc, dz, dy = dstate
-        dpatch, dwindow = back_write(dy)                                            # eq.6
-        dwhat = back_decode(dpatch, g)                                              # eq.6
+    def back(dstate, dlogit, dkl, dwindow, dwhat, g):
         dcode, dcode_log_std = back_what(dwhat, dkl)                                # eq.5
         dwhere = back_window(dwindow)                                               # eq.4
         da = [dlogit[:, None], dwhere, dcode, back_clamp(dcode_log_std)]
         return xp.concatenate(da, 1), dstate
 
-    return trace, (h, c, z, y), back
+    return trace, state, back
 
 
-STEPS = {"air": step, "dair": step, "heads": step_heads}
+FIND = {"air": find, "dair": find, "heads": find_heads}
+
+
+def draw(p, what, window, shape, size):
+    """Eq. 6, for objects in rows: what each looks like, and a canvas with it alone."""
+    patch, back_patch = decode(p, what, (len(what), shape[1], size, size))  # (..., C, G, G)  eq.6
+    drawn, back_drawn = write(patch, window, shape[2:])             # (..., C, S, S)  eq.6
+
+    def back(ddrawn, g):
+        dpatch, dwindow = back_drawn(ddrawn)                                        # eq.6
+        dwhat = back_patch(dpatch, g)                                               # eq.6
+        return dwhat, dwindow
+
+    return patch, drawn, back
 
 
 def look(p, cfg, x):
     """What a step gets of the whole image, for all steps at once: (N, B, ..)."""
     N, B = cfg.max_steps, len(x)
-    if cfg.model == "dair":
-        return [None] * N, lambda das, g: None                      # it sees the residual instead
-    y, back_y = mlp(p, "look", pool(x))                             # (B, L)  eq.2
-    own = cfg.model == "heads"                                      # each step has a part of y
+    own = cfg.model == "heads"              # they see every pixel, each step has a part of y
+    seen = x.reshape(B, -1) if own else pool(x)
+    y, back_y = mlp(p, "look", seen, want_dx=False)                 # (B, L)  eq.2
 
     def back(das, g):
         dy = xp.stack(das, 1).reshape(y.shape) if own else sum(das)
@@ -320,25 +332,73 @@ def look(p, cfg, x):
     return (y.reshape(B, N, -1).swapaxes(0, 1) if own else [y] * N), back
 
 
+def nothing(cfg, x):
+    """Before step 1: no memory, no object."""
+    h, c, z = (xp.zeros((len(x), n), x.dtype) for n in (cfg.hidden, cfg.hidden, 4 + cfg.what))
+    return (None, c, None) if cfg.model == "air" else (h, c, z)
+
+
 def unroll(p, cfg, x, noise):
     """All N steps as if every object were there: traces of step 1..N."""
-    B, H, Z = len(x), cfg.hidden, 1 + 3 + cfg.what
+    return (unroll_dair if cfg.model == "dair" else unroll_air)(p, cfg, x, noise)
+
+
+def unroll_air(p, cfg, x, noise):
+    """AIR finds all objects in the image as it is; then they are drawn, all at once."""
+    N, B, G = cfg.max_steps, len(x), cfg.glimpse
     a, back_look = look(p, cfg, x)                                  # N times (B, ..)
-    state = tuple(xp.zeros((B, n), x.dtype) for n in (H, H, Z)) + (xp.zeros_like(x),)
-    traces, backs = [], []
-    for i in range(cfg.max_steps):
-        trace, state, back_i = STEPS[cfg.model](p, cfg, x, a[i], state,
-                                                noise.where[i], noise.what[i])
+    state, traces, backs = nothing(cfg, x), [], []
+    for i in range(N):
+        trace, state, back_i = FIND[cfg.model](p, cfg, x, a[i], state, noise.where[i],
+                                               noise.what[i])
         traces.append(trace)
         backs.append(back_i)
+    what = xp.concatenate([t.what for t in traces])                 # (N*B, K)
+    window = xp.concatenate([t.window for t in traces])             # (N*B, 3)
+    patch, drawn, back_draw = draw(p, what, window, x.shape, G)     # .., (N*B, C, S, S)  eq.6
+    patches, each = patch.reshape(N, B, -1, G, G), drawn.reshape(N, *x.shape)
+    y = xp.zeros_like(x)
+    for i in range(N):
+        y = y + each[i]                                             # (B, C, S, S)  eq.6
+        traces[i].y, traces[i].patch = y, patches[i]
 
     def back(dlogits, dkls, dys, g):
+        ddrawn, dy = xp.empty_like(each), xp.zeros_like(x)
+        for i in reversed(range(N)):
+            dy = xp.add(dy, dys[i], out=ddrawn[i])                                  # eq.6
+        dwhat, dwindow = back_draw(ddrawn.reshape(drawn.shape), g)                  # eq.6
         dstate, das = tuple(xp.zeros_like(s) for s in state), []
-        for back_i, dl, dkl, dy in reversed(list(zip(backs, dlogits, dkls, dys, strict=True))):
-            dh, dc, dz, dy_later = dstate
-            da, dstate = back_i((dh, dc, dz, dy_later + dy), dl, dkl, g)
+        for back_i, *above in reversed(list(zip(
+                backs, dlogits, dkls, dwindow.reshape(N, B, -1), dwhat.reshape(N, B, -1),
+                strict=True))):
+            da, dstate = back_i(dstate, *above, g)
             das.append(da)
         back_look(das[::-1], g)
+
+    return traces, back
+
+
+def unroll_dair(p, cfg, x, noise):
+    """DAIR draws each object before it looks for the next one in what is left of the image."""
+    state, y, traces, backs, backs_drawn = nothing(cfg, x), xp.zeros_like(x), [], [], []
+    for i in range(cfg.max_steps):
+        trace, state, back_i = find(p, cfg, residual(x, y), None, state, noise.where[i],
+                                    noise.what[i])
+        trace.patch, drawn, back_drawn_i = draw(p, trace.what, trace.window, x.shape,
+                                                cfg.glimpse)        # .., (B, C, S, S)  eq.6
+        y = y + drawn                                               # (B, C, S, S)  eq.6
+        trace.y = y
+        traces.append(trace)
+        backs.append(back_i)
+        backs_drawn.append(back_drawn_i)
+
+    def back(dlogits, dkls, dys, g):
+        dstate, dy = tuple(xp.zeros_like(s) for s in state), xp.zeros_like(x)
+        for back_i, back_drawn_i, dlogit, dkl, dy_i in reversed(
+                list(zip(backs, backs_drawn, dlogits, dkls, dys, strict=True))):
+            dy = dy + dy_i                                                          # eq.6
+            dwhat, dwindow = back_drawn_i(dy, g)                                    # eq.6
+            _, dstate = back_i(dstate, dlogit, dkl, dwindow, dwhat, g)
 
     return traces, back
 
@@ -477,10 +537,10 @@ def relaxed(p, cfg, x, traces, noise, weights):
     ll, back_ll = gaussian_log_density(x, y, cfg.std)               # (B,)  eq.7
     rates = xp.asarray(cfg.rates, x.dtype)[:, None]                 # (N, 1)
     kl_pres, back_kl_pres = bernoulli_kl(logits, rates)             # (N, B)
-    loss = (-ll.sum() + cfg.kl_weight * kl.sum() + cfg.presence_weight * kl_pres.sum()) / B
+    loss = (-ll.sum() + cfg.kl_weight * kl.sum() + weights.presence * kl_pres.sum()) / B
 
     def back(g):
-        dlogits = back_kl_pres(xp.full_like(kl_pres, cfg.presence_weight / B))
+        dlogits = back_kl_pres(xp.full_like(kl_pres, weights.presence / B))
         dy = back_ll(xp.full_like(ll, -1 / B))                                      # eq.7
         dc = (drawn * dy).sum((2, 3, 4))                            # (N, B)
         dlogits = dlogits + from_first(dc * c) * (1 - z) / tau      # dc_i/dz_j = c_i / z_j, i >= j
@@ -514,6 +574,7 @@ def schedule(cfg, step):
     return SimpleNamespace(
         temperature=ramp(step, 0, cfg.temperature_steps, cfg.temperature, 1.0),
         C=ramp(step, cfg.prior_from, cfg.prior_to, cfg.prior_first, cfg.prior),
+        presence=ramp(step, cfg.prior_from, cfg.prior_to, cfg.presence_first, cfg.presence_weight),
         tau=ramp(step, 0, cfg.steps, 1.0, 0.2),
         lr=cfg.lr * cosine(step, cfg.steps, cfg.lr_floor, cfg.warmup))
 
@@ -573,9 +634,8 @@ def infer_scenes(p, cfg, images):
     n = q.argmax(0)                                                 # (B,)
     there = np.arange(N) < n[:, None]                               # (B, N)
     boxes = ink_boxes(np.diff(canvases, axis=1), INK)               # (B, N, 4)
-    boxes[~there] = np.nan
     attended = window_boxes(windows, (S, S))                        # (B, N, 4)
-    attended[~there] = np.nan
+    boxes[~there] = attended[~there] = np.nan
     return SimpleNamespace(n=n, q=q.T, there=there, boxes=boxes, windows=attended, patches=patches,
                            canvases=canvases, recon=canvases[np.arange(B), n])
 
@@ -667,15 +727,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p, groups={"baseline": cfg.baseline_lr})
     watched = list(stream(cfg, glyphs, VALIDATION, cfg.eval_scenes))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         batch = draw_scenes(cfg, glyphs, run.seed, step * cfg.batch_size + start, count)
         noise = draw_noise(cfg, cfg.batch_size, run.seed, step, start, count)
         weights = schedule(cfg, step)
         loss, back = objective(p, cfg, to_device(batch.images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:
@@ -766,8 +826,7 @@ def figures(folders, data_dir=None):
         if (channels(c), c.canvas, c.max_steps) != (channels(cfg), cfg.canvas, cfg.max_steps):
             raise Fail(f"{other} and {folder} cannot be compared: their scenes or steps differ")
     glyphs = load_glyphs(cfg, "test", data_dir)
-    fresh = draw_scenes(cfg, glyphs, TEST, 0, 1000)
-    images, counts = fresh.images, fresh.counts
+    images, counts = draw_scenes(cfg, glyphs, TEST, 0, 1000)[:2]
     pick = varied(counts, (4, 3, 1))
     guess = infer_scenes(p, cfg, images[pick])
     there, drawn, canvases = (getattr(guess, name).swapaxes(0, 1)

@@ -54,7 +54,7 @@ A attention cells a side, G crop side, K appearance code, F features of the whol
 E features of a crop, S orders, R = B J objects of all images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ from common.backend import gemm, to_device, to_host, xp  # before NumPy: sets th
 
 import numpy as np
 
-from common import cli, raycast, shapes
+from common import cli, features, raycast, shapes
 from common.compose import cut, order_errors, place
 from common.conv import conv, conv_transpose, group_norm, max_pool, upsample
 from common.errors import Fail
@@ -71,16 +71,17 @@ from common.files import as_picture, read_picture, read_scenes
 from common.metrics import (
     depth_pairs, ink_boxes, mask_iou, partners, taken, visible_masks,
 )
-from common.mpi import is_root, mean_over_processes, share
 from common.ops import (
     clamp, dense, elu, latent, leaky_relu, linear, logistic, mlp, relu, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.sampler import read, write
 from common.store import load_weights, save_weights, whole_file
 
 SEEN = 0.3              # a pixel belongs to an object where its alpha is above this (the paper's)
+OVERLAPS = tuple(range(0, 151, 10))     # pixels of 64 x 64 that depth accuracy is told for
 A = 16                  # attention cells a side
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
 
@@ -123,7 +124,7 @@ class Config:
     l1_weight: float = cli.option(10.0, "paper: weight of the positions' L1 term", low=0.0)
     l1_cell: int = cli.option(8, "paper: side of the cells that this term compares", low=1)
     scene: int = cli.option(16, "dimensions of the scene code y", low=2)
-    scene_kl: float = cli.option(0.1, "weight of its KL (the paper: 0.01)", low=0.0)
+    scene_kl: float = cli.option(1.0, "weight of its KL (the paper: 0.01)", low=0.0)
     scene_steps: int = cli.option(2000, "updates of the scene prior, at the end", low=1)
     spread: float = cli.option(0.19, "std of the first guess of where, in half canvases", low=0.01)
     apart: float = cli.option(0.1, "distance of these first guesses from the middle", low=0.0)
@@ -144,6 +145,10 @@ class Config:
     eval_scenes: int = cli.option(500, "validation scenes for each line of metrics", low=1)
     refine: int = cli.option(0, "gradient steps on each scene's latents when it is read", low=0)
     test_scenes: int = cli.option(1000, "fresh scenes for the final score", low=1)
+    generated: int = cli.option(0, "evaluate: scenes to generate, compared with fresh ones", low=0)
+    prior: str = cli.option("scene", "evaluate: what those come from: the scene prior; a Gaussian "
+                            "for each latent; or N(0, 1) and any place",
+                            choices=("scene", "independent", "none"))
 
 
 PAPER = {"formulation": "paper", "patch": 24, "what": 6, "std_first": 0.01 / 3**0.5,
@@ -155,7 +160,7 @@ TURNS = {"formulation": "turns", "nudge": 0.25, "reach": 0.75, "crop": 32, "patc
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
-    "long": {"steps": 40_000, "eval_every": 4000},
+    "long": {"steps": 20_000, "eval_every": 4000, "eval_scenes": 100, "refine": 100},
     "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
     "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 4000,
               "sharp": 4.0, "batch_size": 16},
@@ -1052,10 +1057,11 @@ def residual_mlp(p, name, x):
 
 
 def normal(p, name, x):
-    """Mean and log std of a Gaussian, by a network."""
+    """Mean and log std of a Gaussian, by a network. No std is far above that of all scenes, 1: for
+    a scene code that no scene has, the network might ask for one that throws objects away."""
     u, back_u = residual_mlp(p, name, x)
     n = u.shape[1] // 2
-    log_std, back_clamp = clamp(u[:, n:], -4, 4)
+    log_std, back_clamp = clamp(u[:, n:], -4, 0.5)
 
     def back(dmean, dlog_std, g):
         dlog_std = back_clamp(dlog_std)
@@ -1107,21 +1113,60 @@ def as_vectors(found):
 
 
 def imagine(p, cfg, count, rng):
-    """Scenes from the generative model (eq.17, 18), as layers."""
-    J, half = cfg.objects, cfg.scene // 2
+    """Scenes from the generative model, as layers: with the scene prior (eq.17, 18) or without."""
+    J = cfg.objects
+    if cfg.prior == "none":
+        where = rng.uniform(-1, 1, (count, J, 2)).astype(np.float32)
+        v = rng.standard_normal((count, J, cfg.what + 1), np.float32)
+        z, depth = v[..., :-1], v[..., -1]
+    else:
+        v = latents_of_scenes(p, cfg, count, rng)
+        where, z = v[:, :2 * J].reshape(count, J, 2), v[:, 2 * J:-J].reshape(count, J, -1)
+        depth = v[:, -J:]
+    far = None if cfg.formulation == "fast" else rng.standard_normal((count, cfg.background),
+                                                                     np.float32)
+    return render(p, cfg, where, z, depth, far)
+
+
+def latents_of_scenes(p, cfg, count, rng):
+    """Rows as those of `as_vectors`, from the scene prior, or each number by itself."""
+    half = cfg.scene // 2
     mean, std = to_host(p["prior.mean"]), to_host(p["prior.std"])
 
     def drawn(name, x):
         m, log_std, _ = normal(p, name, to_device(x))
         return to_host(m) + np.exp(to_host(log_std)) * rng.standard_normal(m.shape, np.float32)
 
+    if cfg.prior == "independent":
+        return mean + std * rng.standard_normal((count, len(mean)), np.float32)
     y = rng.standard_normal((count, cfg.scene), np.float32)
     where = drawn("prior.where", y[:, :half])
-    v = np.concatenate([where, drawn("prior.what", np.concatenate([y[:, half:], where], 1))], 1)
-    v = mean + std * v
-    return render(p, cfg, v[:, :2 * J].reshape(count, J, 2),
-                  v[:, 2 * J:-J].reshape(count, J, -1), v[:, -J:],
-                  rng.standard_normal((count, cfg.background), np.float32))
+    what = drawn("prior.what", np.concatenate([y[:, half:], where], 1))
+    return mean + std * np.concatenate([where, what], 1)
+
+
+def generation(p, cfg, part=250):
+    """Tables 1 and 2: generated scenes, and their objects alone over black, beside fresh ones.
+
+    Two sets of fresh scenes are apart, too (`_floor`): no model can do better.
+    """
+    net, rng, n = features.load(cfg.data, cfg.canvas), np.random.default_rng(0), cfg.generated
+    scenes, alone = [], []
+    for start in range(0, n, part):
+        found = imagine(p, cfg, min(part, n - start), rng)
+        rows = np.arange(len(found.alpha))
+        one = rows, rows % cfg.objects
+        scenes.append(features.of(net, [compose(found)]))
+        alone.append(features.of(net, [found.alpha[one][:, None] * found.colour[one]]))
+
+    def fresh(seed, objects):
+        images = (part for part, _, _ in stream(replace(cfg, objects=objects), seed, n))
+        return features.of(net, images)
+
+    real = fresh(TEST, cfg.objects)
+    return {**features.compare(np.concatenate(scenes), real),
+            **features.compare(np.concatenate(alone), fresh(TEST, 1), "_object"),
+            **features.compare(fresh(TEST + 1, cfg.objects), real, "_floor")}
 
 
 def train_prior(p, cfg, seed, batch=128, scenes=8000):
@@ -1225,23 +1270,26 @@ def in_order(found):
     return layers[rows, nearest], found.modal[rows, nearest]
 
 
-def score(p, cfg, parts):
+def score(p, cfg, parts, overlaps=()):
     """The paper's metrics over scenes that come in parts (images, amodal, order).
 
     mIOU counts objects that show a pixel, aIOU all that are there; DPA pairs that overlap by 30
-    pixels of 64 x 64, who is who being decided by amodal masks or (`.._modal`) by modal ones.
+    pixels of 64 x 64, who is who being decided by amodal masks or (`.._modal`) by modal ones. With
+    `overlaps` also the paper's Fig. 6: [so many pixels at least, DPA, DPA by modal masks, pairs].
     """
     total = dict.fromkeys(("modal", "visible", "amodal", "there", "right", "right_modal", "pairs",
                            "error", "pixels"), 0.0)
-    overlap = 30 * (cfg.canvas / 64) ** 2
+    pixel, ordered = (cfg.canvas / 64) ** 2, np.zeros((len(overlaps), 3))
     for images, amodal, order in parts:
         found = infer_scenes(p, cfg, images)
         modal, there = visible_masks(amodal, order), order >= 0
         seen = modal.any((2, 3))
         iou_modal, iou_amodal = mask_iou(modal, found.modal), mask_iou(amodal, found.amodal)
         by_modal, by_amodal = partners(iou_modal), partners(iou_amodal)
-        right, pairs = depth_pairs(amodal, order, by_amodal, found.order, overlap)
-        right_modal, _ = depth_pairs(amodal, order, by_modal, found.order, overlap)
+        matched = amodal, order, (by_amodal, by_modal), found.order
+        right, right_modal, pairs = pairs_in_order(*matched, 30 * pixel)
+        for k, overlap in enumerate(overlaps):
+            ordered[k] += pairs_in_order(*matched, overlap * pixel)
         part = {"modal": taken(iou_modal, by_modal)[seen].sum(), "visible": seen.sum(),
                 "amodal": taken(iou_amodal, by_amodal)[there].sum(), "there": there.sum(),
                 "right": right, "pairs": pairs, "right_modal": right_modal,
@@ -1251,7 +1299,17 @@ def score(p, cfg, parts):
     shares = {"modal_iou": ("modal", "visible"), "amodal_iou": ("amodal", "there"),
               "depth_accuracy": ("right", "pairs"),
               "depth_accuracy_modal": ("right_modal", "pairs"), "mse": ("error", "pixels")}
-    return {name: total[a] / total[b] if total[b] else None for name, (a, b) in shares.items()}
+    metrics = {name: total[a] / total[b] if total[b] else None for name, (a, b) in shares.items()}
+    if overlaps:
+        metrics["depth_by_overlap"] = [[overlap, a / n, b / n, int(n)] for overlap, (a, b, n)
+                                       in zip(overlaps, ordered.tolist(), strict=True) if n]
+    return metrics
+
+
+def pairs_in_order(amodal, order, matchings, found_order, overlap):
+    """Of pairs that overlap so much, how many are in order with each matching; and how many."""
+    counts = [depth_pairs(amodal, order, who, found_order, overlap) for who in matchings]
+    return *[right for right, _ in counts], counts[0][1]
 
 
 def stream(cfg, seed, total, part=250):
@@ -1266,7 +1324,9 @@ def evaluate(cfg, weights, path=None, data_dir=None):
     check(cfg)
     p = fitting(weights, init(cfg, 0))
     if path is None:
-        return {"scenes": cfg.data, **score(p, cfg, stream(cfg, TEST, cfg.test_scenes))}
+        parts = stream(cfg, TEST, cfg.test_scenes)
+        metrics = {"scenes": cfg.data, **score(p, cfg, parts, OVERLAPS)}
+        return metrics | (generation(p, cfg) if cfg.generated else {})
     return score(p, cfg, file_parts(cfg, path))
 
 
@@ -1298,15 +1358,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p, clip=cfg.clip, beta2=0.99)
     watched = list(stream(cfg, VALIDATION, cfg.eval_scenes))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         batch = draw_scenes(cfg, run.seed, step * cfg.batch_size + start, count)
         noise = draw_noise(cfg, cfg.batch_size, run.seed, step, start, count)
         weights = schedule(cfg, step)
         loss, _, back = objective(p, cfg, to_device(batch.images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:
@@ -1381,6 +1441,9 @@ def figures(folders, data_dir=None):
         ("what", walk(p, cfg, pair, 9, ("z", "depth"))),
         ("both", walk(p, cfg, pair, 9, ("where", "z", "depth")))])
     samples(folder / "samples.png", compose(imagine(p, cfg, 40, np.random.default_rng(0))))
+    depth.overlap_curves(folder / "overlap.png", {
+        f.name: score(q, c, stream(c, TEST, c.test_scenes), OVERLAPS)["depth_by_overlap"]
+        for f, (c, q) in zip(folders, runs, strict=True)})
     curves.curves(folder / "curves.png", {f.name: f / "metrics.jsonl" for f in folders},
                   [("modal_iou", "mIOU"), ("amodal_iou", "aIOU"), ("depth_accuracy", "DPA")])
 
@@ -1422,4 +1485,4 @@ def to_bytes(images):
 
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
-             adjustable=("data", "test_scenes", "refine"))
+             adjustable=("data", "test_scenes", "refine", "generated", "prior"))

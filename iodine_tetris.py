@@ -45,15 +45,22 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.mpi import is_root, mean_over_processes, share
 from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
+from common.processes import is_root, share
 from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
 LONG, COMPARED = 15, 100    # refinements and scenes of the figures that compare
+VECTORS = ("posterior", "posterior-gradient")
+READERS = {                 # the inputs of eq.5 and eq.6, as the layers that read them find them
+    "refine.image": ("image", "coordinates"),
+    "refine.maps": ("means", "logits", "mask", "mask-posterior", "means-gradient",
+                    "logits-gradient", "likelihood", "leave-one-out"),
+    "refine.mix": VECTORS, "refine.step": VECTORS}
+INPUTS = (*READERS["refine.image"], *READERS["refine.maps"], *VECTORS)
 
 
 # ================================================================ configuration
@@ -65,6 +72,8 @@ class Config:
     data: str = cli.option("tetris", "what the scenes show",
                            choices=("tetris", "dsprites", "binary", "shapes"))
     canvas: int = cli.option(35, "side of the scene in pixels (tetris: 35, shapes: 28)", low=8)
+    ground: str = cli.option("black", "what is subtracted from images and added to what is drawn; "
+                             "median: its median colour", choices=("black", "median"))
     objects: tuple[int, ...] = cli.option((3,), "object counts of a scene", low=1, high=15)
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
@@ -95,6 +104,8 @@ class Config:
     backprop: str = cli.option("steps", "all: as the paper; steps: what the refinement reads is a "
                                "fact, only the sum of its steps is differentiated",
                                choices=("steps", "all"))
+    without: tuple[str, ...] = cli.option((), "what the refinement does not read (eq.5, eq.6)",
+                                          choices=INPUTS)
     lr: float = cli.option(1e-3, "peak learning rate (Adam)", low=0.0)
     lr_floor: float = cli.option(0.03, "share of lr that is left at the end", low=0.0, high=1.0)
     warmup: int = cli.option(100, "updates of linear warm-up", low=0)
@@ -109,6 +120,11 @@ PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
     "long": {"steps": 200_000, "eval_every": 5000},
+    "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
+                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
+                 "decoder_lr": 4.0},
+    "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3), "sigma": 0.5,
+               "decoder_lr": 4.0},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
@@ -165,6 +181,21 @@ def init(cfg, seed):
         weight("refine.lstm.h", (U, 4 * U), U, 1.0, None)
     layer("refine.step", U + 4 * Z, 2 * Z, 0.1)
     arrays["start.b"] = np.zeros(2 * Z)                             # lambda^0 begins as N(0, 1)
+    return unread(cfg, arrays)
+
+
+def unread(cfg, arrays):
+    """Zero in all weights, or gradients, that read one of the inputs `--without`."""
+    C, Z = channels(cfg), cfg.latents
+    widths = dict.fromkeys(INPUTS, 1) | dict.fromkeys(VECTORS, 2 * Z)
+    widths |= {"image": C, "means": C, "means-gradient": C, "coordinates": len(coordinates(1))}
+    for layer, names in READERS.items():
+        W = arrays[layer + ".W"]
+        W = W.swapaxes(0, 1) if W.ndim == 4 else W[-4 * Z:]         # inputs first; vectors are last
+        for name in names:
+            if name in cfg.without:
+                W[:widths[name]] = 0
+            W = W[widths[name]:]
     return arrays
 
 
@@ -241,7 +272,7 @@ def bound(p, cfg, x, lam, eps, sigma):
     kl = kl.reshape(B, -1).sum(1)                                   # (B,)
     log_p = pixels.log_p.sum((1, 2))                                # (B,)
     slope = pixels.slope.reshape(y.shape)                           # (N, C+1, S, S)  eq.3
-    found = SimpleNamespace(bound=kl - log_p, kl=kl, y=y, slope=slope, pixels=pixels,
+    found = SimpleNamespace(bound=kl - log_p, kl=kl, lam=lam, y=y, slope=slope, pixels=pixels,
                             sigma=sigma)                            # eq.4
 
     def back(dbound, dy, g):
@@ -443,19 +474,27 @@ def draw_scenes(cfg, seed, start, count):
     return shapes.dsprites(seed, start, count, cfg.canvas, cfg.objects, cfg.data == "dsprites")
 
 
+def ground(cfg, images):
+    """The colour that counts as black in each scene (B, C, 1, 1)."""
+    colour = np.median(images, (2, 3), keepdims=True)
+    return colour if cfg.ground == "median" else np.zeros_like(colour)
+
+
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images, key=0):
     """What the slots have become after each refinement. Host arrays in and out."""
     noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST, key)
-    traces, _ = unroll(p, cfg, to_device(images), noise, cfg.sigma, [1.0] * len(noise))
+    black = ground(cfg, images)
+    traces, _ = unroll(p, cfg, to_device(images - black), noise, cfg.sigma, [1.0] * len(noise))
     C, shape = images.shape[1], (len(images), cfg.slots)
     y = np.stack([to_host(t.y).reshape(*shape, *t.y.shape[1:]) for t in traces])
     masks = np.stack([to_host(t.pixels.mask) for t in traces])      # (T+1, B, K, S, S)
-    means = y[:, :, :, :C]                                          # (T+1, B, K, C, S, S)
+    lam = np.stack([to_host(t.lam).reshape(*shape, -1) for t in traces])    # (T+1, B, K, 2*Z)
+    means = y[:, :, :, :C] + black[:, None]                         # (T+1, B, K, C, S, S)
     recon = (masks[:, :, :, None] * means).sum(2)                   # (T+1, B, C, S, S)
     bound, kl = (np.stack([to_host(getattr(t, name)) for t in traces]) for name in ("bound", "kl"))
-    return SimpleNamespace(masks=masks, means=means, recon=recon, elbo=-bound, kl=kl,
+    return SimpleNamespace(lam=lam, masks=masks, means=means, recon=recon, elbo=-bound, kl=kl,
                            owners=masks.argmax(2))
 
 
@@ -535,7 +574,7 @@ def objects(owners, slots, to_picture):
 
 # ================================================================ training
 
-def train(cfg, run):
+def learn(cfg, run):
     """The loop: scenes in, one update out. Everything is keyed by (seed, step)."""
     if cfg.data in FIXED and cfg.canvas != FIXED[cfg.data]:
         raise Fail(f"--data {cfg.data} is drawn on --canvas {FIXED[cfg.data]}")
@@ -545,20 +584,28 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p, groups={"decode": cfg.decoder_lr}, clip=cfg.clip)
     watched = list(stream(cfg, VALIDATION, cfg.eval_scenes))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         images = draw_scenes(cfg, run.seed, step * cfg.batch_size + start, count).images
         noise = draw_noise(cfg, cfg.batch_size, cfg.iterations, run.seed, step, start, count)
         weights = schedule(cfg, step)
-        loss, back = objective(p, cfg, to_device(images), noise, weights)
+        x = to_device(images - ground(cfg, images))
+        loss, back = objective(p, cfg, x, noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        unread(cfg, g)
+        g.average()
         seen = run.watch(loss=float(loss), gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:
             now = replace(cfg, sigma=weights.sigma)
             run.log(step + 1, **seen, **final(score(p, now, watched)))
+    return p
+
+
+def train(cfg, run):
+    """Learn, score on fresh scenes, keep the weights, draw figures."""
+    p = learn(cfg, run)
     metrics = final(score(p, cfg, stream(cfg, TEST, cfg.test_scenes)))
     if is_root():
         save_weights(run.folder / "weights.npz", p.host(), cfg, about=cfg.data)

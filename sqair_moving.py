@@ -7,6 +7,7 @@ each frame: PROPagation carries every object over from the last frame, DISCovery
 The equations that tag the lines below (forward and backward alike), with the paper's algorithms:
 
     eq.1   p(z_t^i | z_{t-1}^i) = N(z_where + velocity, ..) N(z_what + .., ..)           prior
+           of what is about to hit a wall, z_{t-1} is seen in that wall (`--walls`)
            proposal = z_where + velocity + .1 W h_{t-1}^i        where to look first (Alg. 2, 6)
     eq.2   e^ = encoder(read(x_t, proposal))                                         (Alg. 2, 7-8)
     eq.3   r_i = RNN(e^, z_{t-1}^i, h_{t-1}^i, z_t^j, r_j)       relations           (Alg. 2, 9)
@@ -45,13 +46,13 @@ from common.conv import conv, sub_pixel
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
 from common.metrics import ink_boxes
-from common.mpi import is_root, mean_over_processes, share
 from common.ops import (
     clamp, elu, gaussian_log_density, gru, linear, log_logistic, logistic, mlp, relu, rnn, sigmoid,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.probe import probe
+from common.processes import is_root, share
 from common.sampler import read, write
 from common.store import load_weights, save_weights
 from common.tracks import follow, summary
@@ -77,6 +78,7 @@ class Config:
     vimco_from: int = cli.option(1, "vimco: shortest video that it trains on; fast below", low=1)
     through_time: bool = cli.option(False, "gradients flow from frame to frame")
     explain_away: bool = cli.option(True, "propagation sees the frame less the other objects")
+    walls: bool = cli.option(False, "the prior lets objects bounce, off walls that it learns")
     net: str = cli.option("mlp", "encoders and decoder", choices=("mlp", "conv"))
     data: str = cli.option("digits", "what moves (digits: MNIST, or drawn without it)",
                            choices=("digits", "drawn"))
@@ -121,7 +123,8 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"steps": 12_000, "starts": (0, 3000), "eval_every": 1000},
+    "long": {"walls": True, "steps": 8000, "lengths": (1, 5, 10), "starts": (0, 1600, 6500),
+             "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
     "conv": {"net": "conv", "units": 128, "hidden": 128},
@@ -159,9 +162,9 @@ def init(cfg, seed):
         layer("decode.0", K, 256, RELU)
         layer("decode.1", 256, 32 * (G // 4) ** 2, RELU)
         kernel("paint.0", 32, 32)
-        kernel("paint.1", 32, 4 * 64)                               # 4 maps become 2 x 2 pixels
-        kernel("paint.2", 64, 4 * 64)
-        kernel("paint.3", 64, 1, OUT, -3.0)                         # a dark patch to begin with
+        kernel("paint.1", 32, 4 * 32)                               # 4 maps become 2 x 2 pixels
+        kernel("paint.2", 32, 4 * 32)
+        kernel("paint.3", 32, 1, OUT, -3.0)                         # a dark patch to begin with
     else:
         layer("decode.0", K, U, RELU)
         layer("decode.1", U, U, RELU)
@@ -190,6 +193,8 @@ def init(cfg, seed):
     layer("gate", U + Q + Q, 3 * K, SMALL, [0.0] * 2 * K + [-1.0] * K)      # g, add, log std
     layer("stay.0", Q + U + Z, 64, RELU)
     layer("stay.1", 64, 1, SMALL, 5.0)
+    if cfg.walls:
+        layer("wall", K, 4, 0.0, [-0.4] * 2 + [0.4] * 2)            # left, upper; right, lower
     return arrays
 
 
@@ -207,7 +212,7 @@ def join(*pieces):
 def pool(x):
     """Means of 2 x 2 pixels, flattened. Only frames are pooled: no gradient is needed."""
     half = x.shape[2] // 2 * 2
-    rows = x[:, :, 0:half:2] + x[:, :, 1:half:2]                    # (B, 1, S/2, S)
+    rows = x[:, :, 0:half:2] + x[:, :, 1:half:2]                    # (..., 1, S/2, S)
     return ((rows[..., 0:half:2] + rows[..., 1:half:2]) * 0.25).reshape(len(x), -1)
 
 
@@ -227,18 +232,18 @@ def cnn(p, x, want_dx):
 
 
 def features(p, cfg, name, x):
-    """What a frame (`look`) or a glimpse (`encode`) shows."""
+    """What frames (`look`) or glimpses (`encode`) show; frames need no gradient."""
+    seen, want_dx = pool(x) if name == "look" else x, name == "encode"
     if cfg.net == "conv":
-        x, back_x = cnn(p, x, want_dx=name == "encode")
-    elif name == "look":
-        x = pool(x)
-    e, back_e = mlp(p, name, x.reshape(len(x), math.prod(x.shape[1:])), last=relu)
+        seen, back_seen = cnn(p, x, want_dx)
+    e, back_e = mlp(p, name, seen.reshape(len(x), math.prod(seen.shape[1:])), relu, relu,
+                    want_dx or cfg.net == "conv")
 
     def back(de, g):
-        dx = back_e(de, g).reshape(x.shape)
+        dseen = back_e(de, g)
         if cfg.net == "conv":
-            dx = back_x(dx, g)
-        return dx
+            dseen = back_seen(dseen.reshape(seen.shape), g)
+        return dseen.reshape(x.shape) if want_dx else None
 
     return e, back
 
@@ -359,6 +364,32 @@ def residual(x, y):
 
 # ================================================================ propagation (Algorithm 2)
 
+def mirrored(p, cfg, s):
+    """The past of objects about to hit a wall, seen in that wall: a bounce is a straight line.
+
+    Where the walls of an object's centre are depends on what it is; they learn fast: few see one.
+    """
+    wall, back_wall = linear(p, "wall", s[:, 6:6 + cfg.what])       # (M, 4)  eq.1
+    low, high = 5 * wall[:, :2], 5 * wall[:, 2:]    # (M, 2), (M, 2)
+    where, velocity = s[:, 1:3], s[:, 4:6]          # (M, 2), (M, 2)
+    below = (where + velocity < low) & (velocity < 0)               # (M, 2)
+    above = (where + velocity > high) & (velocity > 0)              # (M, 2)
+    turn = xp.where(below | above, -1, 1).astype(s.dtype)           # (M, 2)
+    past = s.copy()                                 # (M, F)
+    past[:, 1:3] = turn * where + 2 * (below * low + above * high)
+    past[:, 4:6] = turn * velocity
+
+    def back(dpast, g):
+        dwhere = dpast[:, 1:3]
+        dwhat = back_wall(10 * join(below * dwhere, above * dwhere), g)             # eq.1
+        ds = dpast.copy()
+        ds[:, 1:3], ds[:, 4:6] = turn * dwhere, turn * dpast[:, 4:6]
+        ds[:, 6:6 + cfg.what] += dwhat
+        return ds
+
+    return past, back
+
+
 def expect(p, cfg, s, age):
     """Before the frame is seen: each object's prior, and where to look for it first.
 
@@ -464,6 +495,8 @@ def propagate_all(p, cfg, x, state, noise):
     B, K, Q = len(x), cfg.what, cfg.memory
     slots, rows = xp.nonzero(state.there.T)         # (M,), (M,)
     s0, age = state.s[rows, slots], state.age[rows, slots]          # (M, F), (M,)
+    if cfg.walls:
+        s0, back_mirror = mirrored(p, cfg, s0)      # (M, F)
     ends = [0, *np.cumsum(to_host(state.there.sum(0)).astype(int)).tolist()]
     taken = [(i, slice(*k)) for i, k in enumerate(pairwise(ends)) if k[0] < k[1]]
     proposal, mean0, log_std0, memory, back_expect = expect(p, cfg, s0, age)
@@ -500,8 +533,11 @@ def propagate_all(p, cfg, x, state, noise):
             ds0[k], dahead_k, drelation[r] = back_k(dlogit, dcost, ddrawn, ds[k], drelation[r], g)
             for d, d_k in zip(dahead, dahead_k, strict=True):
                 d[k] = d_k
+        ds0 = ds0 + back_expect(*dahead, g)
+        if cfg.walls:
+            ds0 = back_mirror(ds0, g)
         dstate = xp.zeros_like(state.s)
-        dstate[rows, slots] = ds0 + back_expect(*dahead, g)
+        dstate[rows, slots] = ds0
         return dstate
 
     return traces, xp.concatenate(new), (rows, slots), y, back
@@ -558,10 +594,9 @@ def discover(p, cfg, x, a, d, z, later, eps):
     return trace, d, z, back
 
 
-def discover_all(p, cfg, x, l, y, free, later, noise):
+def discover_all(p, cfg, x, e, l, y, free, later, noise):
     """D steps; step i is possible in videos with at least i free slots."""
     B, D = len(x), cfg.later if later else cfg.slots
-    e, back_e = features(p, cfg, "look", x)                         # (B, H)  eq.10
     a = join(e, l)                                                  # (B, H+128)
     d, z = xp.zeros((B, cfg.hidden), x.dtype), xp.zeros((B, 4 + cfg.what), x.dtype)
     traces, zs, ys, backs = [], [], [y], []
@@ -584,8 +619,7 @@ def discover_all(p, cfg, x, l, y, free, later, noise):
             da = da + da_i
             dy = dy + dy_before                                                     # eq.12
         de, dl = split(da, cfg.hidden, 128)
-        back_e(de, g)                                                               # eq.10
-        return dl, dy
+        return de, dl, dy
 
     return traces, zs, ys, back
 
@@ -608,8 +642,8 @@ def log_posterior(logits):
             + xp.concatenate([no, nothing]))                        # (D+1, B)
 
 
-def frame(p, cfg, x, state, noise, first):
-    """Carry objects over, find new ones, and sort both into slots."""
+def frame(p, cfg, x, e, state, noise, first):
+    """Carry objects over, find new ones, and sort both into slots. e (B, H) is what x shows."""
     B, F = len(x), state.s.shape[2]
     kept, new, at, y, back_kept = propagate_all(p, cfg, x, state, noise)
     z = xp.concatenate([xp.zeros_like(x[:0, 0, 0, 0]), *(t.z for t in kept)])       # (M,)
@@ -620,7 +654,7 @@ def frame(p, cfg, x, state, noise, first):
     age[at] = z * (state.age[at] + 1)
     name, named = xp.where(there > 0, state.name, -1), state.named
     free = cfg.slots - there.sum(1)                                 # (B,)
-    found, zs, ys, back_found = discover_all(p, cfg, x, l, y, free, not first, noise)
+    found, zs, ys, back_found = discover_all(p, cfg, x, e, l, y, free, not first, noise)
     log_q = log_posterior(xp.stack([t.logit for t in found]))       # (D+1, B)
     n = (xp.cumsum(xp.exp(log_q[:-1]), 0) < noise.uniform[-1]).sum(0)   # (B,)  n ~ q
     empty = xp.argsort(there * cfg.slots + xp.arange(cfg.slots), 1)     # (B, N)  free slots first
@@ -640,12 +674,12 @@ def frame(p, cfg, x, state, noise, first):
         dzs = []
         for r, k in reversed(places):
             dzs.append(latents_of(cfg, ds, r, k))
-        dl, dy = back_found(slope.found_logits, slope.found_costs, slope.ys, dzs[::-1], g)
+        de, dl, dy = back_found(slope.found_logits, slope.found_costs, slope.ys, dzs[::-1], g)
         dwhere, dwhat = back_l(dl, g)                                               # eq.9
         dnew = z[:, None] * ds[at]
         dnew[:, :3] += dwhere
         dnew[:, 6:6 + cfg.what] += dwhat
-        return back_kept(slope.kept_logits, slope.kept_costs, dy, dnew, g)
+        return de, back_kept(slope.kept_logits, slope.kept_costs, dy, dnew, g)
 
     return trace, after, back
 
@@ -798,23 +832,27 @@ OBJECTIVES = {"fast": fast, "vimco": vimco}
 
 def unroll(p, cfg, xs, noise):
     """All frames: traces, states after each frame, pullbacks."""
-    state = nothing(cfg, len(xs[0]), xs[0].dtype)
+    B = len(xs[0])
+    state = nothing(cfg, B, xs[0].dtype)
+    e, back_e = features(p, cfg, "look", xp.concatenate(xs))        # (..., H)  eq.10
     traces, states, backs = [], [], []
     for t, x in enumerate(xs):
         if cfg.model == "air":
-            state = nothing(cfg, len(x), x.dtype)
-        trace, state, back_t = frame(p, cfg, x, state, noise[t],
+            state = nothing(cfg, B, x.dtype)
+        trace, state, back_t = frame(p, cfg, x, e[t * B:(t + 1) * B], state, noise[t],
                                      t == 0 or cfg.model == "air")
         traces.append(trace)
         states.append(state)
         backs.append(back_t)
 
     def back(slopes, g):
-        ds = xp.zeros_like(state.s)
+        ds, des = xp.zeros_like(state.s), []
         for back_t, slope in reversed(list(zip(backs, slopes, strict=True))):
-            ds = back_t(slope, ds, g)
+            de, ds = back_t(slope, ds, g)
+            des.append(de)
             if not cfg.through_time:
                 ds = xp.zeros_like(ds)              # the past is taken as it is
+        back_e(xp.concatenate(des[::-1]), g)                                        # eq.10
         g.flush()
 
     return traces, states, back
@@ -981,7 +1019,7 @@ def tight_bound(p, cfg, parts):
     return total / count
 
 
-def addition(p, cfg, *glyphs, count=(16_000, 1000)):
+def addition(p, cfg, *glyphs, count=(60_000, 2000)):
     """Accuracy of a classifier that adds the digits of a frame from z_what (supplement D.4)."""
     sets = []
     for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
@@ -989,7 +1027,7 @@ def addition(p, cfg, *glyphs, count=(16_000, 1000)):
         for start in range(0, n, 100):
             some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
             what = infer_videos(p, cfg, some.images).what
-            features.append(what.reshape(100 * cfg.frames, -1))
+            features.append(what.reshape(-1, cfg.slots, cfg.what).astype(np.float16))
             sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
         sets.append((np.concatenate(features), np.concatenate(sums)))
     return probe(*sets, classes=9 * max(cfg.counts) + 1)
@@ -1004,6 +1042,8 @@ def imagine(p, cfg, state, noise):
     s, age = state.s[rows, slots], state.age[rows, slots]           # (M, F), (M,)
     videos = xp.zeros((len(state.s), len(noise), 1, cfg.canvas, cfg.canvas), s.dtype)
     for t, eps in enumerate(noise):
+        if cfg.walls:
+            s, _ = mirrored(p, cfg, s)              # (M, F)
         _, mean, log_std, memory, _ = expect(p, cfg, s, age)        # (M, 3+K), (M, 3+K), (M, Q)
         z = mean + xp.exp(log_std) * eps[slots, rows]               # (M, 3+K)
         where0, velocity, _, h, _ = split(s, 3, 3, K, Q, Q)
@@ -1022,12 +1062,56 @@ def eps_of(cfg, T, B, rng):
                      else rng.standard_normal(shape, np.float32))
 
 
+def settled(p, cfg, x, rows, what, where, own, steps=4, h=0.04):
+    """Where objects whose appearance is known fit a frame best: Gauss-Newton, all at once."""
+    one = own[:, None, None, None]                  # (M, 1, 1, 1)  which are in the frame at all
+    for _ in range(steps):
+        drawn, _ = draw(p, cfg, what, where)                        # (M, 1, S, S)
+        member = (rows == xp.arange(len(x))[:, None]).astype(x.dtype)       # (B, M)
+        y = gemm(member, (one * drawn).reshape(len(rows), -1)).reshape(x.shape)
+        left = (x - y)[rows]                                        # (M, 1, S, S)
+        right, down = ((draw(p, cfg, what, where + d)[0] - draw(p, cfg, what, where - d)[0])
+                       / (2 * h) for d in h * xp.eye(3, dtype=x.dtype)[1:])
+        (a, b, d), (u, v) = (
+            [xp.einsum("mchw,mchw->m", *pair) for pair in pairs] for pairs in (
+                ((right, right), (right, down), (down, down)), ((right, left), (down, left))))
+        a, d = a + 0.1, d + 0.1
+        step = xp.stack([d * u - b * v, a * v - b * u], 1) / (a * d - b * b)[:, None]
+        where = join(where[:, :1], where[:, 1:] + xp.clip(step, -0.15, 0.15))
+    return where
+
+
+def in_hindsight(p, cfg, xs, states):
+    """The last state, its objects' places and velocities once more from all frames.
+
+    An object looks best known in the last frame, and worst in the first, when it was discovered.
+    """
+    last, K = states[-1], cfg.what
+    rows, slots = xp.nonzero(last.there)            # (M,), (M,)
+    s = last.s[rows, slots].copy()                  # (M, F)
+    what, now, frames = s[:, 6:6 + K], s.copy(), xp.zeros(len(s), s.dtype)
+    now[:, 3:6] = 0
+    for x, state in zip(xs, states, strict=True):
+        own = (state.name[rows, slots] == last.name[rows, slots]).astype(s.dtype)   # (M,)
+        first = join(s[:, :1], state.s[rows, slots][:, 1:3])        # (M, 3)
+        where = settled(p, cfg, x, rows, what, first, own)          # (M, 3)
+        if cfg.walls:
+            now, _ = mirrored(p, cfg, now)          # (M, F)
+        weight = (own * (frames > 0) / xp.maximum(frames, 1))[:, None]      # (M, 1)  of a mean
+        velocity = now[:, 3:6] + weight * (where - now[:, :3] - now[:, 3:6])        # (M, 3)
+        now, frames = join(where, velocity, s[:, 6:]), frames + own
+    known = last.s.copy()
+    known[rows, slots] = now
+    return SimpleNamespace(**{**vars(last), "s": known})
+
+
 def continued(p, cfg, images, given=3, rng=None):
     """What the model expects after the first `given` frames. Host arrays (B, T, 1, S, S)."""
     B, T = images.shape[:2]
     xs = list(to_device(images[:, :given]).swapaxes(0, 1))
     _, states, _ = unroll(p, cfg, xs, no_noise(cfg, given, B))
-    return imagine(p, cfg, states[-1], eps_of(cfg, T - given, B, rng))
+    last = in_hindsight(p, cfg, xs, states)
+    return imagine(p, cfg, last, eps_of(cfg, T - given, B, rng))
 
 
 def prediction(p, cfg, parts, given=3):
@@ -1103,7 +1187,7 @@ def train(cfg, run):
         loss, back = objective(p, now, to_device(batch.images), noise, weights)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss) / T, gradient=norm(g.flat))
         adam.update(g, weights.lr, step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

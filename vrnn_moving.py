@@ -35,11 +35,11 @@ from common import cli, data, videos
 from common.conv import conv, conv_transpose
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
-from common.mpi import is_root, mean_over_processes, share
 from common.ops import clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid
 from common.optim import Optimiser, cosine, norm
 from common.params import Params, fitting
 from common.probe import probe
+from common.processes import is_root, share
 from common.store import load_weights, save_weights
 
 MAPS = (32, 32, 64, 64)                     # of `--net conv`, each at half the side of the last
@@ -478,14 +478,15 @@ def tight_bound(p, cfg, parts):
     return float(np.mean(bounds))
 
 
-def addition(p, cfg, *glyphs, count=(4000, 500)):
+def addition(p, cfg, *glyphs, count=(60_000, 2000)):
     """Accuracy of a classifier that adds the digits of a frame from the mean of z (D.4)."""
     sets = []
     for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
         features, sums = [], []
         for start in range(0, n, 100):
             some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
-            features.append(infer_videos(p, cfg, some.images)[0].reshape(-1, cfg.latent))
+            mean, _ = infer_videos(p, cfg, some.images)
+            features.append(mean.reshape(-1, 1, cfg.latent).astype(np.float16))
             sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
         sets.append((np.concatenate(features), np.concatenate(sums)))
     return probe(*sets, classes=9 * max(cfg.counts) + 1)
@@ -548,15 +549,15 @@ def train(cfg, run):
     g = p.grads()
     adam = Optimiser(p)
     watched = list(stream(cfg, glyphs, VALIDATION, cfg.eval_videos))
-    start, count = share(cfg.batch_size)
     for step in run.steps(cfg.steps, {"params": p.flat, "m": adam.m, "v": adam.v}):
+        start, count = share(cfg.batch_size)
         T, now = stage(cfg, step)
         batch = draw_videos(cfg, glyphs, run.seed, step * cfg.batch_size + start, count, T)
         noise = draw_noise(now, T, cfg.batch_size, run.seed, step, start, count)
         loss, back = objective(p, now, to_device(batch.images), noise)
         g.zero()
         back(g)
-        mean_over_processes(g.flat)
+        g.average()
         seen = run.watch(loss=float(loss) / T, gradient=norm(g.flat))
         adam.update(g, cfg.lr * cosine(step, cfg.steps, cfg.lr_floor), step + 1)
         if run.due(step + 1, cfg.eval_every) or step + 1 == cfg.steps:

@@ -11,6 +11,7 @@ the commands put them (runs/).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -18,6 +19,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ENOUGH = 0.98                   # the count accuracy whose time is told
@@ -63,17 +66,33 @@ def measure(command):
     words = [sys.executable, *shlex.split(command)[1:]]
     if "evaluate" not in words:
         words.append("--resume")
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with (subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process,
+          ThreadPoolExecutor(1) as other):
+        peak = other.submit(peak_memory, process)
         out = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait()
     if process.returncode:
         raise SystemExit(f"{command} ended with status {process.returncode}")
-    record = {"machine": machine(), "peak_mb": usage.ru_maxrss // 1024,
+    record = {"machine": machine(), "peak_mb": peak.result(),
               **json.loads(out.strip().splitlines()[-1]), "command": command}
     if "run" in record:
         record |= timing(Path(record["run"]) / "metrics.jsonl")
     return record
+
+
+def peak_memory(process):
+    """MB that a run and its forked processes have had at most, pages they share counted once."""
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):              # one of them ends while it is looked at
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text()
+                       for pid in (process.pid, *children))
+            kb = sum(int(line.split()[1]) for text in rollups for line in text.splitlines()
+                     if line.startswith("Pss:"))
+            peak = max(peak, kb // 1024)
+        time.sleep(0.3)
+    return peak
 
 
 def timing(path):

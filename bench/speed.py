@@ -7,7 +7,8 @@
     python -m bench.speed --startup             seconds until the first update, cold and warm
 
 Every contender lives in a process of its own, with the thread settings that suit it, and sleeps
-while the others work; blocks of steps alternate, and medians are compared. Records also hold the
+while the others work; blocks of steps alternate, and medians are compared. With several threads
+ours is what a training run is: forked processes that share the batch. Records also hold the
 least of each: what is left of a step when the machine has something else to do now and then. One
 thread is timed by the processor's time, which other programs do not take away; more are by the
 clock on the wall.
@@ -37,30 +38,30 @@ BLOCKS, BLOCK, WARM = 10, 10, 20
 
 # ---------------------------------------------------------------- what is timed
 
-def air_setting(air, cfg):
+def air_setting(air, cfg, start, count):
     from common.scenes import sprites
 
-    x = sprites(0, 0, cfg.batch_size).images.sum(1, keepdims=True)
-    return x, air.draw_noise(cfg, cfg.batch_size, 0, 0)
+    x = sprites(0, start, count).images.sum(1, keepdims=True)
+    return x, air.draw_noise(cfg, cfg.batch_size, 0, 0, start, count)
 
 
-def sqair_setting(sqair, cfg, frames=5):
+def sqair_setting(sqair, cfg, start, count, frames=5):
     """Five frames are what most updates see."""
     from common import data
 
     glyphs = data.digits("train", None, drawn=True)
-    videos = sqair.draw_videos(cfg, glyphs, 0, 0, cfg.batch_size, frames)
-    return videos.images, sqair.draw_noise(cfg, frames, cfg.batch_size, 0, 0)
+    videos = sqair.draw_videos(cfg, glyphs, 0, start, count, frames)
+    return videos.images, sqair.draw_noise(cfg, frames, cfg.batch_size, 0, 0, start, count)
 
 
-def iodine_setting(iodine, cfg):
-    x = iodine.draw_scenes(cfg, 0, 0, cfg.batch_size).images
-    return x, iodine.draw_noise(cfg, cfg.batch_size, cfg.iterations, 0, 0)
+def iodine_setting(iodine, cfg, start, count):
+    x = iodine.draw_scenes(cfg, 0, start, count).images
+    return x, iodine.draw_noise(cfg, cfg.batch_size, cfg.iterations, 0, 0, start, count)
 
 
-def depth_setting(depth, cfg):
-    x = depth.draw_scenes(cfg, 0, 0, cfg.batch_size).images
-    return x, depth.draw_noise(cfg, cfg.batch_size, 0, 0)
+def depth_setting(depth, cfg, start, count):
+    x = depth.draw_scenes(cfg, 0, start, count).images
+    return x, depth.draw_noise(cfg, cfg.batch_size, 0, 0, start, count)
 
 
 SETTINGS = {"air_multimnist": air_setting, "sqair_moving": sqair_setting,
@@ -68,9 +69,7 @@ SETTINGS = {"air_multimnist": air_setting, "sqair_moving": sqair_setting,
 
 
 def setting(name, batch):
-    """Script, config, weights, scenes, noise and schedule of its default run."""
-    import numpy as np
-
+    """Script, config, weights and schedule of its default run."""
     from common.params import Params
 
     script = importlib.import_module(name)
@@ -78,38 +77,53 @@ def setting(name, batch):
     p = Params(script.init(cfg, 0))
     if name == "sqair_moving":
         p["head.b"][0] = 0          # finds one object a video, as a trained one does, and not three
-    x, noise = SETTINGS[name](script, cfg)
-    return script, cfg, p, x.astype(np.float32), noise, script.schedule(cfg, 9)
+    return script, cfg, p, script.schedule(cfg, 9)
+
+
+def inputs(name, script, cfg, start=0, count=None):
+    """Scenes and noise of a share of the first batch."""
+    x, noise = SETTINGS[name](script, cfg, start, count or cfg.batch_size)
+    return x.astype("float32"), noise
 
 
 def ten_frames(script, cfg):
     """What `--task infer` reads."""
-    return sqair_setting(script, cfg, cfg.frames)[0]
+    return sqair_setting(script, cfg, 0, cfg.batch_size, cfg.frames)[0]
 
 
 # ---------------------------------------------------------------- contenders: a function each
 
 def ours(args):
-    from common.backend import DEVICE, to_device, xp
+    from common import processes
+    from common.backend import DEVICE, THREADS, to_device, xp
     from common.optim import Optimiser
 
-    script, cfg, p, x, noise, weights = setting(args.script, args.batch[0])
+    if args.task == "step":
+        processes.want(THREADS)
+    script, cfg, p, weights = setting(args.script, args.batch[0])
     if args.task == "infer":
         videos = ten_frames(script, cfg)
-        return lambda: script.infer_videos(p, cfg, videos), videos
-    g, adam, t, images = p.grads(), Optimiser(p), 0, to_device(x)
+        return lambda: script.infer_videos(p, cfg, videos), cfg, videos
+    g, adam, t = p.grads(), Optimiser(p), 0
+    processes.fork(cfg.batch_size)
+    x, noise = inputs(args.script, script, cfg, *processes.share(cfg.batch_size))
+    images = to_device(x)
 
     def step():
         nonlocal t
         t += 1
+        processes.meet()                                    # nobody works while others are timed
         g.zero()
         *_, back = script.objective(p, cfg, images, noise, weights)
         back(g)
+        g.average()
         adam.update(g, 1e-6, t)
         if DEVICE == "gpu":
             xp.cuda.Device().synchronize()
 
-    return step, x
+    while not processes.is_root():
+        step()
+    return step, cfg, x
 
 
 def tensors(a, device):
@@ -132,11 +146,12 @@ def torch_contender(args):
     torch.set_flush_denormal(True)
     device = "cuda" if args.device == "gpu" else "cpu"
     twin = importlib.import_module("bench.twin_" + args.script.split("_")[0])
-    script, cfg, p, x, noise, weights = setting(args.script, args.batch[0])
+    script, cfg, p, weights = setting(args.script, args.batch[0])
     theirs = {k: torch.tensor(a, device=device, requires_grad=True) for k, a in p.host().items()}
     if args.task == "infer":
         videos = ten_frames(script, cfg)
-        return lambda: twin.infer(theirs, cfg, torch.tensor(videos, device=device)), videos
+        return lambda: twin.infer(theirs, cfg, torch.tensor(videos, device=device)), cfg, videos
+    x, noise = inputs(args.script, script, cfg)
     images, noise = torch.tensor(x, device=device), tensors(noise, device)
     adam = torch.optim.Adam(theirs.values(), lr=1e-6, fused=True)
     run = twin.objective
@@ -150,7 +165,7 @@ def torch_contender(args):
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return step, x
+    return step, cfg, x
 
 
 def work(args):
@@ -158,13 +173,13 @@ def work(args):
     alone = args.threads == 1 and args.device == "cpu"
     clock = time.process_time if alone else time.perf_counter
     start = time.perf_counter()
-    step, x = (ours if args.work == "ours" else torch_contender)(args)
+    step, cfg, x = (ours if args.work == "ours" else torch_contender)(args)
     step()
     first = time.perf_counter() - start
     for _ in range(WARM):
         step()
-    report = {"batch": len(x), "images": len(x) * (x.shape[1] if x.ndim == 5 else 1),
-              "first": first}
+    frames = x.shape[1] if x.ndim == 5 else 1
+    report = {"batch": cfg.batch_size, "images": cfg.batch_size * frames, "first": first}
     if args.work == "ours" and args.device == "cpu":
         report["spent"] = time_in_kernels(step, clock)
     print(json.dumps(report), flush=True)
@@ -178,7 +193,7 @@ def work(args):
 
 
 KERNELS = {
-    "matrix products": ["backend.gemm"],
+    "matrix products": ["backend.gemm", "kernels.times_transposed"],
     "convolutions": ["conv_kernels." + name for name in
                      "conv_forward conv_back_x conv_back_w activate act_back".split()],
     "LSTM gates": ["kernels.lstm_gates", "kernels.lstm_gates_back"],
@@ -186,6 +201,7 @@ KERNELS = {
     "mixture": ["mixture.mixture"],
     "layers": ["compose._order_errors", "compose._order_errors_back", "compose.run"],
     "queued gradients joined": ["params.join"], "Adam": ["kernels.adam"],
+    "gradients shared": ["processes.mean_over_processes", "processes.meet"],
 }
 
 
@@ -197,9 +213,10 @@ def time_in_kernels(step, clock, steps=40):
 
     def timed(label, f):
         def g(*args, **kwargs):
-            start = clock()
+            inner, start = sum(spent.values()), clock()
             y = f(*args, **kwargs)
-            spent[label] = spent.get(label, 0.0) + clock() - start
+            inner = sum(spent.values()) - inner         # kernels that this one has called
+            spent[label] = spent.get(label, 0.0) + clock() - start - inner
             return y
         return g
 

@@ -70,7 +70,7 @@ def unroll(p, cfg, x, noise):
     h = c = x.new_zeros(B, cfg.hidden)
     z, y = x.new_zeros(B, 4 + K), torch.zeros_like(x)
     if cfg.model != "dair":
-        a = mlp(p, "look", pool(x))
+        a = mlp(p, "look", x.flatten(1) if cfg.model == "heads" else pool(x))
     out = Traces([], [], [], [])
     for i in range(cfg.max_steps):
         if cfg.model == "heads":
@@ -154,7 +154,7 @@ def relaxed(p, cfg, x, out, noise, weights):
     kl_pres = (q * (F.logsigmoid(logits) - rate.log())
                + (1 - q) * (F.logsigmoid(-logits) - torch.log1p(-rate)))
     loss = (-log_likelihood(cfg, x, y).sum() + cfg.kl_weight * torch.stack(out.kl).sum()
-            + cfg.presence_weight * kl_pres.sum())
+            + weights.presence * kl_pres.sum())
     return loss / len(x)
 
 

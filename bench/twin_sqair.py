@@ -116,6 +116,16 @@ def draw(p, cfg, what, where):
 
 # ---------------------------------------------------------------- propagation
 
+def mirrored(p, cfg, s):
+    where, velocity, what = s[:, 1:3], s[:, 4:6], s[:, 6:6 + cfg.what]
+    low, high = (5 * linear(p, "wall", what)).chunk(2, 1)
+    below = (where + velocity < low) & (velocity < 0)
+    above = (where + velocity > high) & (velocity > 0)
+    turn = torch.where(below | above, -1, 1).to(s)
+    where = turn * where + 2 * (below * low + above * high)
+    return torch.cat([s[:, :1], where, s[:, 3:4], turn * velocity, s[:, 6:]], 1)
+
+
 def expect(p, cfg, s, age):
     K, Q = cfg.what, cfg.memory
     where, velocity, what, h, memory = s.split((3, 3, K, Q, Q), 1)
@@ -165,6 +175,7 @@ def propagate_all(p, cfg, x, state, eps, uniform, dense):
     slots, rows, counts = who(state.there, dense)
     here = state.there[rows, slots]
     s0, age = state.s[rows, slots], state.age[rows, slots]
+    s0 = mirrored(p, cfg, s0) if cfg.walls else s0
     ahead = expect(p, cfg, s0, age)
     relation, y = x.new_zeros(len(x), Q + 3 + K), torch.zeros_like(x)
     others = torch.zeros_like(x)

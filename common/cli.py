@@ -11,8 +11,9 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from common.backend import THREADS
 from common.errors import Fail
-from common.mpi import is_root, leave
+from common.processes import disband, is_root, leave, row, want
 from common.run import Run, Stopped, say
 from common.store import as_json, load_weights
 
@@ -59,11 +60,14 @@ def main(doc, Config, presets, *, train, evaluate, infer, figures, adjustable=()
         say("interrupted")
         leave(130)
     except Fail as e:
-        print(f"error: {e}", file=sys.stderr)
+        if row() == 0:                              # what forked processes meet is the same
+            print(f"error: {e}", file=sys.stderr)
         leave(2)
     except Exception:
         traceback.print_exc()
         leave(1)
+    finally:
+        disband()
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +107,7 @@ def run_train(parser, words, script, Config, presets, train):
              "command": shlex.join(["python", script.name, *words])}
     run = Run(folder, cfg, args.seed, args.data_dir, args.resume, args.save_every, about)
     say(f"run folder: {folder}")
+    want(THREADS)
     metrics = train(cfg, run)
     return {**about, "run": folder, "seed": args.seed, "steps": cfg.steps,
             "train_seconds": round(run.seconds, 2), **metrics}
@@ -158,7 +163,8 @@ def add_machine(parser, data=False):
     parser.add_argument("--device", choices=("cpu", "gpu", "auto"), default="cpu",
                         help="auto: the GPU where there is one (default cpu)")
     parser.add_argument("--threads", type=number(int, 1), metavar="N",
-                        help="CPU threads (default: all cores)")
+                        help="CPU cores to use; training shares each batch between them "
+                             "(default: all)")
     if data:
         parser.add_argument("--data-dir", type=Path, metavar="DIR",
                             help="where MNIST and Omniglot lie (default: the user's cache)")

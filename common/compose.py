@@ -7,9 +7,10 @@ V_K = background, V_{k-1} = alpha_{s_k} colour_{s_k} + (1 - alpha_{s_k}) V_k, th
     dalpha_{s_k} = T_{k-1} dV_0 . (colour_{s_k} - V_k),   dcolour_{s_k} = T_{k-1} alpha_{s_k} dV_0,
     dbackground = T_K dV_0.
 An object's canvas is placed by convolution with its position map, out = canvas * theta, and cut
-out of a picture by cross-correlation with it: each is the other's way back. Sharp maps cost what
-their few large weights do: what is below FAINT is left out (on the CPU), and so are, on the way
-back, orders that weigh less than FAINT of an image's heaviest.
+out of a picture by cross-correlation with it: each is the other's way back. On the CPU sharp maps
+cost what their few large weights do, whatever the canvas: what is below FAINT is left out, and so
+are, on the way back, orders that weigh less than FAINT of an image's heaviest. For blurred maps
+Fourier transforms take less time.
 As in kernels.py each loop is there three times: reference, numba, CUDA. Colours and background are
 pictures of their own, or flat (h = w = 1).
 Dimension key: B images, C channels, K objects, S orders, H W pixels, h w colours' pixels,
@@ -23,6 +24,7 @@ from common.kernels import jit, launch
 
 MOST = 8                # objects that the CUDA version has room for
 FAINT = 1e-6            # weights that are not worth their time
+SLOWER = 8              # a transform's time for a pixel, of a loop's for a weight and a pixel
 
 
 # ---------------------------------------------------------------- reference, in plain NumPy
@@ -107,12 +109,21 @@ def _meet(theta, r, i, j, M):
 
 
 @jit
+def _empty(theta, r, i):
+    """Is all of a row faint?"""
+    weights = 0
+    for j in range(theta.shape[2]):
+        weights += theta[r, i, j] >= FAINT
+    return weights == 0
+
+
+@jit
 def _place(canvas, theta, out):
     R, C, M = canvas.shape[:3]
     n = M // 2
     for r in range(R):
         for i in range(theta.shape[1]):
-            for j in range(theta.shape[2]):
+            for j in range(0 if _empty(theta, r, i) else theta.shape[2]):
                 top, end, left, right = _meet(theta, r, i, j, M)
                 for c in range(C):
                     for u in range(top, end):
@@ -126,7 +137,7 @@ def _cut(image, theta, out):
     n = M // 2
     for r in range(R):
         for i in range(theta.shape[1]):
-            for j in range(theta.shape[2]):
+            for j in range(0 if _empty(theta, r, i) else theta.shape[2]):
                 top, end, left, right = _meet(theta, r, i, j, M)
                 for c in range(C):
                     for u in range(top, end):
@@ -140,7 +151,7 @@ def _match(canvas, image, theta, out):
     n = M // 2
     for r in range(R):
         for i in range(theta.shape[1]):
-            for j in range(theta.shape[2]):
+            for j in range(0 if _empty(theta, r, i) else theta.shape[2]):
                 top, end, left, right = _meet(theta, r, i, j, M)
                 total = out[r, i, j]
                 for c in range(C):
@@ -256,6 +267,34 @@ def _add_row(target, n, i, row):
             target[n, c, 0, 0] += row[c].sum()
         else:
             target[n, c, i] += row[c]
+
+
+# ---------------------------------------------------------------- by Fourier transforms
+# On a torus of L x L pixels, so large that nothing comes round to itself.
+
+def torus(theta, M):
+    """L: the least number without large factors that has room for a canvas beyond the picture."""
+    room = max(theta.shape[1:]) + M
+    sizes = (2**a * 3**b * 5**c for a in range(1, 14) for b in range(4) for c in range(3))
+    return min(n for n in sizes if n >= room)
+
+
+def blurred(canvas, theta):
+    """Do the weights that are not faint take longer one by one than transforms of all do?"""
+    R, C, M = canvas.shape[:3]
+    weights = np.count_nonzero(theta >= FAINT) / R
+    return weights * C * M * M > SLOWER * (2 * C + 1) * torus(theta, M)**2
+
+
+def fourier(kernel, a, b, theta, M):
+    """`place` canvases a by maps b, `cut` images a by maps b, or `match` canvases a in images b."""
+    L, (H, W) = torus(theta, M), theta.shape[1:]
+    a, b = np.fft.rfft2(a, (L, L)), np.fft.rfft2(b if b.ndim == 4 else b[:, None], (L, L))
+    if kernel == "place":
+        return np.fft.irfft2(a * b, (L, L))[:, :, M // 2:M // 2 + H, M // 2:M // 2 + W]
+    f = a * b.conj() if kernel == "cut" else (a.conj() * b).sum(1)
+    out = np.roll(np.fft.irfft2(f, (L, L)), M // 2, (-2, -1))
+    return out[:, :, :M, :M] if kernel == "cut" else out[:, :H, :W]
 
 
 # ---------------------------------------------------------------- CUDA
@@ -421,7 +460,10 @@ def find(canvas, image, theta):
 
 
 def run(loop, kernel, arrays, shape, canvas, theta):
-    """One of the three loops, into a new array."""
+    """One of the three loops, or transforms instead, into a new array."""
+    if DEVICE == "cpu" and blurred(canvas, theta):
+        out = fourier(kernel, *arrays[:2], theta, canvas.shape[2])
+        return np.ascontiguousarray(out, theta.dtype)
     out = xp.zeros(shape, theta.dtype)
     if DEVICE == "cpu":
         loop(*arrays, out)

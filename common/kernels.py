@@ -3,6 +3,7 @@
 `warp`        resample an image along both axes (attention windows: read and write)
 `lstm_gates`  the elementwise half of an LSTM cell
 `adam`, `rmsprop`   one pass over all parameters
+`times_transposed`  a product with few rows, which BLAS does slowly when it is transposed
 
 The public functions at the end choose by device; tests hold the three versions together.
 Dimension key: B images, C channels, h w source size, H W target size; axis 0 of a and b is y.
@@ -13,8 +14,10 @@ import functools
 import numpy as np
 from numba import njit
 
-from common.backend import DEVICE, xp
+from common.backend import DEVICE, gemm, xp
+from common.vectors import BYTES, DOT_ROWS, DOTS, copy, dots
 
+FEW = 48                # rows of a product up to which `times_transposed` beats BLAS
 TINY = 1e-30            # moments below this are flushed to zero: denormal numbers are very slow
 
 
@@ -93,20 +96,19 @@ jit = njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
 
 
 @jit
-def taps(a, b, axis, n_out, n_in):
+def taps(a, b, first, part, n_in):
     """Target pixels lo..hi-1 look at source pixels first and first + 1, in parts 1 - part, part.
 
     The other target pixels see nothing. `first` runs from -1 (one tap outside) to n_in - 1.
     """
-    first, part = np.zeros(n_out, np.int32), np.zeros(n_out, a.dtype)
-    lo, hi = n_out, 0
-    for j in range(n_out):
-        pos = b[axis] + a[axis] * j
+    lo, hi = len(first), 0
+    for j in range(len(first)):
+        pos = b + a * j
         if -1 < pos < n_in:
             first[j] = int(np.floor(pos))
             part[j] = pos - first[j]
             lo, hi = min(lo, j), j + 1
-    return first, part, lo, hi
+    return lo, hi
 
 
 @jit
@@ -114,9 +116,11 @@ def _warp(src, a, b, out):
     B, C, h, w = src.shape
     H, W = out.shape[2:]
     row, one = np.zeros(w + 2, src.dtype), src.dtype.type(1)
+    ky, kx, fy, fx = np.zeros(H, np.intp), np.zeros(W, np.intp), np.zeros(H, a.dtype), \
+        np.zeros(W, a.dtype)
     for n in range(B):
-        ky, fy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
-        kx, fx, lo, hi = taps(a[n], b[n], 1, W, w)
+        lo_y, hi_y = taps(a[n, 0], b[n, 0], ky, fy, h)
+        lo, hi = taps(a[n, 1], b[n, 1], kx, fx, w)
         out[n] = 0
         for c in range(C):
             for i in range(lo_y, hi_y):
@@ -133,11 +137,14 @@ def _warp(src, a, b, out):
 def _warp_back(dout, src, a, b, dsrc, da, db, want_src):
     B, C, h, w = src.shape
     H, W = dout.shape[2:]
-    row, drow, one = np.zeros(w + 2, src.dtype), np.zeros(w + 2, src.dtype), src.dtype.type(1)
+    row, slope, drow = np.zeros((3, w + 2), src.dtype)
+    ky, kx, fy, fx = np.zeros(H, np.intp), np.zeros(W, np.intp), np.zeros(H, a.dtype), \
+        np.zeros(W, a.dtype)
+    dpos, one = np.zeros(W, src.dtype), src.dtype.type(1)
     for n in range(B):
-        ky, fy, lo_y, hi_y = taps(a[n], b[n], 0, H, h)
-        kx, fx, lo, hi = taps(a[n], b[n], 1, W, w)
-        dpos = np.zeros(W, src.dtype)
+        lo_y, hi_y = taps(a[n, 0], b[n, 0], ky, fy, h)
+        lo, hi = taps(a[n, 1], b[n, 1], kx, fx, w)
+        dpos[:] = 0
         for c in range(C):
             for i in range(lo_y, hi_y):
                 k0, k1 = max(ky[i], 0), min(ky[i] + 1, h - 1)
@@ -145,23 +152,30 @@ def _warp_back(dout, src, a, b, dsrc, da, db, want_src):
                 up, down = in_up * (1 - fy[i]), in_down * fy[i]
                 for l in range(w):
                     row[l + 1] = up * src[n, c, k0, l] + down * src[n, c, k1, l]
-                drow[:] = 0
-                for j in range(lo, hi):
-                    k, d = kx[j] + 1, dout[n, c, i, j]
-                    dpos[j] += d * (row[k + 1] - row[k])
-                    drow[k] += d * (1 - fx[j])
-                    drow[k + 1] += d * fx[j]
                 dpos_y = 0 * up
-                for l in range(w):
-                    slope = in_down * src[n, c, k1, l] - in_up * src[n, c, k0, l]
-                    dpos_y += drow[l + 1] * slope
-                da[n, 0] += dpos_y * i
-                db[n, 0] += dpos_y
                 if want_src:
+                    drow[:] = 0
+                    for j in range(lo, hi):
+                        k, d = kx[j] + 1, dout[n, c, i, j]
+                        dpos[j] += d * (row[k + 1] - row[k])
+                        drow[k] += d * (1 - fx[j])
+                        drow[k + 1] += d * fx[j]
+                    for l in range(w):
+                        dpos_y += drow[l + 1] * (in_down * src[n, c, k1, l]
+                                                 - in_up * src[n, c, k0, l])
                     for l in range(w):
                         dsrc[n, c, k0, l] += up * drow[l + 1]
                     for l in range(w):
                         dsrc[n, c, k1, l] += down * drow[l + 1]
+                else:                                   # nothing is written, so nothing waits
+                    for l in range(w):
+                        slope[l + 1] = in_down * src[n, c, k1, l] - in_up * src[n, c, k0, l]
+                    for j in range(lo, hi):
+                        k, d = kx[j] + 1, dout[n, c, i, j]
+                        dpos[j] += d * (row[k + 1] - row[k])
+                        dpos_y += d * (slope[k] + fx[j] * (slope[k + 1] - slope[k]))
+                da[n, 0] += dpos_y * i
+                db[n, 0] += dpos_y
         for j in range(lo, hi):
             da[n, 1] += dpos[j] * j
             db[n, 1] += dpos[j]
@@ -219,6 +233,44 @@ def _rmsprop(p, g, m, v, lr, momentum, rho, eps, scale):
         mk = momentum * m[k] + lr * d / np.sqrt(v[k] + eps)
         m[k] = mk if abs(mk) >= tiny else one - one
         p[k] -= m[k]
+
+
+@jit
+def _times_transposed(a, b, y, offsets, a_wide, tail, sums):
+    """y = a b^T in blocks of DOT_ROWS x DOTS sums of products along rows.
+
+    Vectors may reach beyond a row's end: a_wide has zeros there, and the last rows of b, up to
+    DOTS, are copied to `tail`, so that nothing behind b is read.
+    """
+    (M, N), K, pitch = a.shape, len(b), a_wide.shape[1]
+    for m in range(M):
+        copy(a_wide, m * pitch, a, m * N, N)
+    last = (K - 1) // DOTS * DOTS
+    for k in range(last, K):
+        copy(tail, (k - last) * pitch, b, k * N, N)
+    for first in range(0, K, DOTS):
+        for m in range(0, len(a_wide), DOT_ROWS):
+            sums[:] = 0
+            if first < last:
+                dots(b, offsets, first, a_wide, m * pitch, pitch, 0, pitch, sums, 0)
+            else:
+                dots(tail, offsets, K, a_wide, m * pitch, pitch, 0, pitch, sums, 0)
+            for i in range(DOT_ROWS):
+                for j in range(min(DOTS, K - first)):
+                    y[m + i, first + j] = sums[i * DOTS + j]
+
+
+@jit
+def average(rows, start, stop):
+    """The first row becomes the mean over all rows, from column start to stop."""
+    part, chunk = rows.dtype.type(1 / len(rows)), 2048
+    for a in range(start, stop, chunk):
+        b = min(a + chunk, stop)
+        for r in range(1, len(rows)):
+            for k in range(a, b):
+                rows[0, k] += rows[r, k]
+        for k in range(a, b):
+            rows[0, k] *= part
 
 
 # ---------------------------------------------------------------- CUDA
@@ -392,13 +444,37 @@ def warp_back(dout, src, a, b, want_src=True):
     return dsrc if want_src else None, da, db
 
 
+@functools.cache
+def halves(H, dtype):
+    return np.repeat(np.array([0.5, 0.5, 1, 0.5], dtype), H)
+
+
+@functools.lru_cache(256)
+def wide(M, N, K, dtype):
+    """What `_times_transposed` needs beside its arguments."""
+    lanes = BYTES // dtype.itemsize
+    rows, pitch = -(-M // DOT_ROWS) * DOT_ROWS, -(-N // lanes) * lanes
+    offsets = np.concatenate([np.arange(K) * N, np.arange(DOTS) * pitch])
+    return (offsets, np.zeros((rows, pitch), dtype), np.zeros((DOTS, pitch), dtype),
+            np.zeros(-(-DOT_ROWS * DOTS // lanes) * lanes, dtype))
+
+
+def times_transposed(a, b):
+    """a b^T"""
+    if DEVICE == "gpu" or len(a) > FEW or a.shape[1] < BYTES // b.itemsize:
+        return gemm(a, b.T)
+    needs = wide(*a.shape, len(b), b.dtype)
+    y = np.empty((len(needs[1]), len(b)), b.dtype)
+    _times_transposed(np.ascontiguousarray(a, b.dtype), b, y, *needs)
+    return y[:len(a)]
+
+
 def lstm_gates(u, c):
     """(h, c', gates); on the CPU with NumPy's tanh, which is vectorised where numba's is not."""
     B, H = c.shape
     h, c_new, gates = xp.empty_like(c), xp.empty_like(c), xp.empty((B, 5 * H), c.dtype)
     if DEVICE == "cpu":
-        half = np.repeat(np.array([0.5, 0.5, 1, 0.5], c.dtype), H)
-        _lstm_gates(np.tanh(u * half), c, gates, c_new)
+        _lstm_gates(np.tanh(u * halves(H, c.dtype)), c, gates, c_new)
         t = np.tanh(c_new, out=gates[:, 4 * H:])
         return np.multiply(gates[:, 3 * H:4 * H], t, out=h), c_new, gates
     launch("lstm_gates", c.size, u, c, h, c_new, gates, *c.shape)

@@ -11,7 +11,7 @@ Dimension key: B rows, I inputs, O outputs, H hidden units, K latent dimensions,
 import math
 
 from common.backend import gemm, xp
-from common.kernels import lstm_gates, lstm_gates_back
+from common.kernels import lstm_gates, lstm_gates_back, times_transposed
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -90,7 +90,8 @@ def log_logistic(x):
 
 # ---------------------------------------------------------------- layers
 
-def linear(p, name, x):
+def linear(p, name, x, want_dx=True):
+    """x W + b; without dx where x is a picture, which learns nothing."""
     W = p[name + ".W"]                                  # (I, O)
     y = gemm(x, W)                                      # (B, O)
     if name + ".b" in p:
@@ -98,14 +99,14 @@ def linear(p, name, x):
 
     def back(dy, g):
         g.queue(name, x, dy)                            # dW = x^T dy, db = sum dy
-        return gemm(dy, W.T)
+        return times_transposed(dy, W) if want_dx else None
 
     return y, back
 
 
-def dense(p, name, x, act):
+def dense(p, name, x, act, want_dx=True):
     """act(x W + b)"""
-    u, back_u = linear(p, name, x)                      # (B, O)
+    u, back_u = linear(p, name, x, want_dx)             # (B, O)
     y, back_y = act(u)                                  # (B, O)
 
     def back(dy, g):
@@ -115,12 +116,13 @@ def dense(p, name, x, act):
     return y, back
 
 
-def mlp(p, name, x, act=relu, last=identity):
+def mlp(p, name, x, act=relu, last=identity, want_dx=True):
     """`name.0`, `name.1`, ... as many layers as p has; `act` between them, `last` at the end."""
     backs, layer = [], 0
     while f"{name}.{layer}.W" in p:
         more = f"{name}.{layer + 1}.W" in p
-        x, back_layer = dense(p, f"{name}.{layer}", x, act if more else last)
+        x, back_layer = dense(p, f"{name}.{layer}", x, act if more else last,
+                              want_dx or layer > 0)
         backs.append(back_layer)
         layer += 1
 
@@ -174,13 +176,23 @@ def lstm(p, name, a, x, h, c):
     v, back_h = linear(p, name + ".h", h)               # (B, 4H)
     u += v
     u += a
-    h, c_new, gates = lstm_gates(u, c)                  # (B, H), (B, H), (B, 5H)
+    h, c_new, back_cell = lstm_cell(u, c)               # (B, H), (B, H)
 
     def back(dh, dc_new, g):
-        du, dc = lstm_gates_back(dh, dc_new, c, gates)
+        du, dc = back_cell(dh, dc_new)
         dh = back_h(du, g)
         dx = back_x(du, g)
         return du, dx, dh, dc                           # da = du
+
+    return h, c_new, back
+
+
+def lstm_cell(u, c):
+    """The part without weights; alone it is a first step, whose x and h would be zero."""
+    h, c_new, gates = lstm_gates(u, c)                  # (B, H), (B, H), (B, 5H)
+
+    def back(dh, dc_new):
+        return lstm_gates_back(dh, dc_new, c, gates)    # du, dc
 
     return h, c_new, back
 

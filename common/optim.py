@@ -4,6 +4,7 @@ import math
 
 from common.backend import xp
 from common.kernels import adam, rmsprop
+from common.processes import meet, part, shared, zeros
 
 
 class Optimiser:
@@ -11,7 +12,8 @@ class Optimiser:
 
     def __init__(self, p, kind="adam", groups=None, clip=None, **numbers):
         self.p, self.kind, self.clip = p, kind, clip
-        self.m, self.v = xp.zeros_like(p.flat), xp.zeros_like(p.flat)
+        self.shared = shared()                              # processes update a part each
+        self.m, self.v = (zeros(p.flat.size, p.flat.dtype) for _ in range(2))
         self.numbers = {"adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
                         "rmsprop": {"momentum": 0.9, "rho": 0.9, "eps": 1e-10}}[kind] | numbers
         self.pieces = pieces(p, groups or {})
@@ -22,11 +24,14 @@ class Optimiser:
         if self.clip is not None:
             scale = min(1.0, self.clip / (norm(g.flat) + 1e-12))
         for span, factor in self.pieces:
-            arrays = (a[span] for a in (self.p.flat, g.flat, self.m, self.v))
+            own = part(span) if self.shared else span
+            arrays = (a[own] for a in (self.p.flat, g.flat, self.m, self.v))
             if self.kind == "adam":
                 adam(*arrays, lr * factor, **self.numbers, t=t, scale=scale)
             else:
                 rmsprop(*arrays, lr * factor, **self.numbers, scale=scale)
+        if self.shared:
+            meet()                                          # all have done their part
 
 
 def pieces(p, groups):

@@ -7,20 +7,27 @@ import numpy as np
 
 from common.backend import gemm, to_device, to_host, xp
 from common.errors import Fail
+from common.processes import mean_over_processes, row, rows, zeros
 
 
 class Params(Mapping):
     """`p["name"]` is a view into `p.flat`; the order of the names is the order in memory."""
 
     def __init__(self, arrays, dtype=np.float32):
-        self.spans, self.views, size = {}, {}, 0
+        self.spans, size = {}, 0
         for name, a in arrays.items():
             self.spans[name] = slice(size, size + a.size)
             size += a.size
-        self.flat = xp.zeros(size, dtype)
+        self.shapes = {name: a.shape for name, a in arrays.items()}
+        self.lay(zeros(size, dtype))
         for name, a in arrays.items():
-            self.views[name] = self.flat[self.spans[name]].reshape(a.shape)
             self.views[name][...] = to_device(np.asarray(a, dtype))
+
+    def lay(self, flat):
+        """Make `flat` the memory that the names are views of."""
+        self.flat = flat
+        self.views = {name: flat[span].reshape(self.shapes[name])
+                      for name, span in self.spans.items()}
 
     def __getitem__(self, name):
         return self.views[name]
@@ -57,11 +64,24 @@ class Grads(Params):
     """
 
     def __init__(self, p):
-        super().__init__({k: np.zeros(v.shape) for k, v in p.items()}, p.flat.dtype)
+        self.spans, self.shapes = p.spans, p.shapes
+        self.rows = rows(p.flat.size, p.flat.dtype)         # one for each process of a run
+        self.at = None
         self.zero()
 
     def zero(self):
+        self.turn_to(row())
         self.queues, self.stale = {}, set(self)
+
+    def average(self):
+        """Become the mean over all processes that share the batch; forked ones find it in row 0."""
+        mean_over_processes(self.flat, self.rows)
+        self.turn_to(0)
+
+    def turn_to(self, k):
+        if k != self.at:
+            self.at = k
+            self.lay(self.rows[k])
 
     def __getitem__(self, name):
         if name in self.stale:

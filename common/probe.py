@@ -1,13 +1,39 @@
-"""What a representation knows: a small classifier trained on it, and its accuracy on fresh data."""
+"""What a representation knows: a small classifier trained on it, and its accuracy on fresh data.
 
-from itertools import pairwise
+Dimension key: B scenes, N objects at most, M objects of all scenes, K features, H units, O classes.
+"""
 
 import numpy as np
 
-from common.backend import to_device, xp
+from common.backend import gemm, to_device, xp
 from common.ops import elu, mlp
 from common.optim import Optimiser
 from common.params import Params
+
+
+def init(sizes, seed):
+    rng, (K, H, O) = np.random.default_rng(seed), sizes
+    shapes = {"each.0": (K, H), "each.1": (H, H), "sum.0": (H, H), "sum.1": (H, O)}
+    return Params({f"{name}.{kind}": a for name, (n, m) in shapes.items()
+                   for kind, a in (("W", rng.standard_normal((n, m)) / np.sqrt(n)),
+                                   ("b", np.zeros(m)))})
+
+
+def classify(p, x):
+    """Logits of scenes from their objects, in whatever order: a sum over what each one tells.
+
+    x (B, N, K); an object whose features are all 0 is not there.
+    """
+    rows, slots = xp.nonzero(x.any(2))              # (M,), (M,)
+    each, back_each = mlp(p, "each", x[rows, slots], elu, last=elu)     # (M, H)
+    member = (rows == xp.arange(len(x))[:, None]).astype(x.dtype)       # (B, M)
+    logits, back_logits = mlp(p, "sum", gemm(member, each), elu)        # (B, O)
+
+    def back(dlogits, g):
+        dsum = back_logits(dlogits, g)
+        back_each(gemm(member.T, dsum), g)
+
+    return logits, back
 
 
 def cross_entropy(logits, labels):
@@ -25,26 +51,29 @@ def cross_entropy(logits, labels):
     return loss, back
 
 
-def probe(train, test, classes, seed=0, steps=8000, batch=256, units=256, lr=1e-3):
-    """Accuracy on `test` of an MLP with two hidden layers; both are (features, labels) on the host.
+def probe(train, test, classes, seed=0, steps=40_000, batch=256, units=256, lr=1e-3):
+    """Accuracy on `test` of a classifier learned on `train`; both are (features, labels), host.
 
-    Features are scaled by the standard deviation that they have in training.
+    Features (B, N, K) are scaled by the standard deviation that they have in training.
     """
-    rng, inputs = np.random.default_rng(seed), train[0].shape[1]
-    sizes = (inputs, units, units, classes)
-    p = Params({f"probe.{i}.{kind}": a for i, (n, m) in enumerate(pairwise(sizes))
-                for kind, a in (("W", rng.standard_normal((n, m)) / np.sqrt(n)),
-                                ("b", np.zeros(m)))})
-    scale = 1 / (train[0].std() + 1e-8)
+    rng, (x, labels) = np.random.default_rng(seed), train
+    p = init((x.shape[2], units, classes), seed)
+    scale = np.float32(1 / (x[:20_000].std(dtype=np.float32) + 1e-8))
     g, adam = p.grads(), Optimiser(p)
-    x, labels = to_device(train[0] * np.float32(scale)), to_device(train[1])
+
+    def part(x):
+        return to_device(x.astype(np.float32) * scale)
+
     for step in range(steps):
-        pick = to_device(rng.integers(len(x), size=batch))
-        logits, back_logits = mlp(p, "probe", x[pick], elu)         # (B, O)
-        _, back_loss = cross_entropy(logits, labels[pick])
+        pick = rng.integers(len(x), size=batch)
+        logits, back_logits = classify(p, part(x[pick]))            # (B, O)
+        _, back_loss = cross_entropy(logits, to_device(labels[pick]))
         g.zero()
         back_logits(back_loss(1.0), g)
         g.flush()
         adam.update(g, lr * 0.5 * (1 + np.cos(np.pi * step / steps)), step + 1)
-    guess = mlp(p, "probe", to_device(test[0] * np.float32(scale)), elu)[0].argmax(1)
-    return float((guess == to_device(test[1])).mean())
+    right = 0
+    for k in range(0, len(test[0]), 500):
+        guess = classify(p, part(test[0][k:k + 500]))[0].argmax(1)
+        right += int((guess == to_device(test[1][k:k + 500])).sum())
+    return right / len(test[0])

@@ -15,6 +15,7 @@ from numba import njit
 
 from common.backend import THREADS
 from common.errors import Fail
+from common.processes import threads
 from common.scenes import below, key, stream, uniform
 
 VARIANTS = {    # fewest and most objects, radii, half the side of the field, pixels seen of 96 x 96
@@ -71,8 +72,9 @@ jit = njit(cache=True, nogil=True, error_model="numpy")
 # ---------------------------------------------------------------- vectors
 
 @jit
-def vector(row):
-    return row[0], row[1], row[2]
+def vector(rows, i):
+    """The first three numbers of a row. (A view, rows[i], would cost more than what follows.)"""
+    return rows[i, 0], rows[i, 1], rows[i, 2]
 
 
 @jit
@@ -102,23 +104,32 @@ def power15(x):
 # ball around it. Row 0 stands for the ground and is empty, so that numbers are those of the masks.
 
 @jit
-def inward(solid, v):
-    """A direction in the frame of the solid, where its half height is 1."""
-    r, cos, sin = solid[3], solid[4], solid[5]
+def inward(solids, k, v):
+    """A direction in the frame of solid k, where its half height is 1."""
+    r, cos, sin = solids[k, 3], solids[k, 4], solids[k, 5]
     return (cos * v[0] + sin * v[1]) / r, (cos * v[1] - sin * v[0]) / r, v[2] / r
 
 
 @jit
-def enter(solid, o, d):
-    """The t > 0 where the ray o + t d enters the solid, inf if it does not."""
-    p, kind = along(o, -1.0, vector(solid)), solid[6]
+def enter(solids, k, o, d):
+    """The t > 0 where the ray o + t d enters solid k, inf if it does not."""
+    p = along(o, -1.0, vector(solids, k))
     a, b = dot(d, d), dot(p, d)
-    inside = b * b - a * (dot(p, p) - solid[7]**2)
+    if b >= 0 or b * b - a * (dot(p, p) - solids[k, 7]**2) < 0:
+        return np.inf
+    return meet(solids, k, p, inward(solids, k, p), d)
+
+
+@jit
+def meet(solids, k, o, p, d):
+    """`enter` for a ray that begins at o from the solid's centre, which is p in its frame."""
+    kind, a, b = solids[k, 6], dot(d, d), dot(o, d)
+    inside = b * b - a * (dot(o, o) - solids[k, 7]**2)
     if b >= 0 or inside < 0:
         return np.inf
     if kind == SPHERE:
         return (-b - np.sqrt(inside)) / a
-    p, v = inward(solid, p), inward(solid, d)
+    v = inward(solids, k, d)
     wide = abs(1 / v[2])
     near, far = -p[2] / v[2] - wide, -p[2] / v[2] + wide
     if kind == CUBE:
@@ -135,15 +146,16 @@ def enter(solid, o, d):
 
 
 @jit
-def normal(solid, p):
-    """The normal at a point p of the surface; edges are a little round."""
-    x, y, z = inward(solid, along(p, -1.0, vector(solid)))
-    if solid[6] == CUBE:
+def normal(solids, k, p):
+    """The normal at a point p of the surface of solid k; edges are a little round."""
+    x, y, z = inward(solids, k, along(p, -1.0, vector(solids, k)))
+    kind, cos, sin = solids[k, 6], solids[k, 4], solids[k, 5]
+    if kind == CUBE:
         x, y, z = power15(x), power15(y), power15(z)
-    elif solid[6] == CYLINDER:
+    elif kind == CYLINDER:
         steep = power15(np.sqrt(x * x + y * y))
         x, y, z = x * steep, y * steep, power15(z)
-    return unit((solid[4] * x - solid[5] * y, solid[5] * x + solid[4] * y, z))
+    return unit((cos * x - sin * y, sin * x + cos * y, z))
 
 
 @jit
@@ -151,7 +163,7 @@ def first_hit(solids, o, d, skip):
     """t and number of what the ray meets first: a solid but `skip`, the ground 0, the sky -1."""
     t, hit = (-o[2] / d[2], 0) if d[2] < 0 else (np.inf, -1)
     for k in range(1, len(solids)):
-        s = enter(solids[k], o, d) if k != skip else np.inf
+        s = enter(solids, k, o, d) if k != skip else np.inf
         if s < t:
             t, hit = s, k
     return t, hit
@@ -164,15 +176,18 @@ def lit(solids, p, to, far2, skip):
     """The part of a lamp, a level square at p + to, that is seen from p."""
     part = 1.0
     for k in range(1, len(solids)):
-        away = along(vector(solids[k]), -1.0, p)
+        away = along(vector(solids, k), -1.0, p)
         t = dot(away, to) / far2
         reach = solids[k, 7] + 0.7 * t * LAMP_SIDE
         if k != skip and t > 0 and dot(away, away) - t * t * far2 < reach * reach:
-            hidden = 0
+            hidden, o = 0, along(p, -1.0, vector(solids, k))
+            within = inward(solids, k, o)
             for i in range(len(SAMPLES)):
                 x, y = to[0] + LAMP_SIDE * SAMPLES[i, 0], to[1] + LAMP_SIDE * SAMPLES[i, 1]
-                hidden += enter(solids[k], p, (x, y, to[2])) < np.inf
+                hidden += meet(solids, k, o, within, (x, y, to[2])) < np.inf
             part *= 1 - hidden / len(SAMPLES)
+            if part == 0:
+                break
     return part
 
 
@@ -181,13 +196,13 @@ def light(solids, lamps, p, n, d, skip):
     """What arrives at p with normal n, and the lamps' gloss there, seen along d."""
     openness = 1.0
     for k in range(1, len(solids)):
-        away = along(vector(solids[k]), -1.0, p)
+        away = along(vector(solids, k), -1.0, p)
         far2, r = dot(away, away), solids[k, 3]
         if k != skip and far2 < 25 * r * r:
             openness *= 1 - max(0.0, dot(n, away)) / np.sqrt(far2) * min(1.0, r * r / far2)
     diffuse, gloss = SKY * openness * (0.65 + 0.35 * n[2]), 0.0
     for i in range(len(lamps)):
-        to = along(vector(lamps[i]), -1.0, p)
+        to = along(vector(lamps, i), -1.0, p)
         cos, far2 = dot(n, to), dot(to, to)
         if cos > 0:
             strength = lamps[i, 3] / far2 * lit(solids, p, to, far2, skip)
@@ -204,10 +219,10 @@ def radiance(solids, coats, lamps, o, d, t, hit):
     for bounce in range(2):
         if hit < 0:
             return along(colour, 0.12 + 0.5 * unit(d)[2], weight)
-        p, coat = along(o, t, d), coats[hit]
-        n = normal(solids[hit], p) if hit else (0.0, 0.0, 1.0)
+        p, coat = along(o, t, d), vector(coats, hit)
+        n = normal(solids, hit, p) if hit else (0.0, 0.0, 1.0)
         diffuse, gloss = light(solids, lamps, p, n, d, hit)
-        polished = bounce == 0 and coat[3] > 0
+        polished = bounce == 0 and coats[hit, 3] > 0
         diffuse *= 0.35 if polished else 1.0
         gloss *= 1.5 if polished else 0.04
         colour = (colour[0] + weight[0] * (coat[0] * diffuse + gloss),
@@ -215,7 +230,7 @@ def radiance(solids, coats, lamps, o, d, t, hit):
                   colour[2] + weight[2] * (coat[2] * diffuse + gloss))
         if not polished:
             break
-        weight = along((0.05, 0.05, 0.05), 0.9, vector(coat))
+        weight = along((0.05, 0.05, 0.05), 0.9, coat)
         o, d = p, along(d, -2 * dot(d, n), n)
         t, hit = first_hit(solids, o, d, hit)
     return colour
@@ -227,33 +242,33 @@ def radiance(solids, coats, lamps, o, d, t, hit):
 @jit
 def ray(camera, x, y, size):
     """The direction, 1 forward, through the point (x, y) of a canvas of size x size pixels."""
-    d = along(vector(camera[1]), 2 * x / size - 1, vector(camera[2]))
-    return along(d, 2 * y / size - 1, vector(camera[3]))
+    d = along(vector(camera, 1), 2 * x / size - 1, vector(camera, 2))
+    return along(d, 2 * y / size - 1, vector(camera, 3))
 
 
 @jit
 def project(camera, p, size):
     """Where on the canvas p is seen, how deep it lies, and pixels for a length there."""
-    v = along(p, -1.0, vector(camera[0]))
-    z = dot(v, vector(camera[1]))
+    v = along(p, -1.0, vector(camera, 0))
+    z = dot(v, vector(camera, 1))
     scale = 0.5 * size / (TAN * z)
-    return (0.5 * size + scale * dot(v, vector(camera[2])) / TAN,
-            0.5 * size + scale * dot(v, vector(camera[3])) / TAN, z, scale)
+    return (0.5 * size + scale * dot(v, vector(camera, 2)) / TAN,
+            0.5 * size + scale * dot(v, vector(camera, 3)) / TAN, z, scale)
 
 
 @jit
 def cover(camera, solids, least, depth, masks, amodal, order):
     """Fill the last four. False if an object shows less than `least` pixels or touches the
     canvas's edge, or if the middle of one lies before, but itself behind another."""
-    size, eye = len(depth), vector(camera[0])
+    size, eye = len(depth), vector(camera, 0)
     seen, far = np.zeros(len(solids)), np.empty(len(solids))
     masks[:], amodal[:], depth[:], order[:] = 0, False, np.inf, -1
     for k in range(1, len(solids)):
-        x, y, far[k], scale = project(camera, vector(solids[k]), size)
+        x, y, far[k], scale = project(camera, vector(solids, k), size)
         reach = 1.1 * scale * solids[k, 7] * far[k] / (far[k] - solids[k, 7]) + 1
         for i in range(max(0, int(y - reach)), min(size, int(y + reach) + 1)):
             for j in range(max(0, int(x - reach)), min(size, int(x + reach) + 1)):
-                t, owner = enter(solids[k], eye, ray(camera, j + 0.5, i + 0.5, size)), masks[i, j]
+                t, owner = enter(solids, k, eye, ray(camera, j + 0.5, i + 0.5, size)), masks[i, j]
                 if t < np.inf:
                     nearer, edge = t < depth[i, j], min(i, j) == 0 or max(i, j) == size - 1
                     if edge or (owner and nearer != (far[k] < far[owner])):
@@ -282,14 +297,14 @@ def spread(image, i, j, colour):
 def develop(camera, solids, coats, lamps, masks, depth, rough, image):
     """Draw the picture: every other pixel from a ray through its middle; between them too, but
     where all neighbours are nearly alike; with four rays more where neighbours differ much."""
-    size, eye = len(masks), vector(camera[0])
+    size, eye = len(masks), vector(camera, 0)
     for parity in range(2):
         for i in range(size):
             for j in range((i + parity) % 2, size, 2):
                 d, hit = ray(camera, j + 0.5, i + 0.5, size), masks[i, j]
                 t = depth[i, j] = depth[i, j] if hit else -eye[2] / d[2]
                 plain = parity and not hit and min(i, j) > 0 and max(i, j) < size - 1
-                if plain and spread(rough, i, j, rough[i - 1, j]) < SMOOTH:
+                if plain and spread(rough, i, j, vector(rough[i - 1], j)) < SMOOTH:
                     for c in range(3):
                         rough[i, j, c] = (rough[i - 1, j, c] + rough[i + 1, j, c]
                                           + rough[i, j - 1, c] + rough[i, j + 1, c]) / 4
@@ -297,7 +312,7 @@ def develop(camera, solids, coats, lamps, masks, depth, rough, image):
                     rough[i, j] = radiance(solids, coats, lamps, eye, d, t, hit)
     for i in range(size):
         for j in range(size):
-            colour = vector(rough[i, j])
+            colour = vector(rough[i], j)
             if spread(rough, i, j, colour) > CONTRAST:
                 for x, y in CORNERS:
                     d = ray(camera, j + x, i + y, size)
@@ -310,11 +325,14 @@ def develop(camera, solids, coats, lamps, masks, depth, rough, image):
 
 # ---------------------------------------------------------------- scenes
 
+@jit
 def look(eye):
     """A camera that looks from the eye at the origin."""
-    forward = -eye / np.sqrt((eye * eye).sum())
-    right = np.array([forward[1], -forward[0], 0]) / np.sqrt(forward[0]**2 + forward[1]**2)
-    return np.stack([eye, forward, TAN * right, TAN * np.cross(forward, right)])
+    x, y, z = unit((-eye[0], -eye[1], -eye[2]))
+    wide = np.sqrt(x * x + y * y)
+    tan = TAN / wide
+    return np.array([(eye[0], eye[1], eye[2]), (x, y, z), (tan * y, -tan * x, 0.0),
+                     (tan * z * x, tan * z * y, -TAN * wide)])
 
 
 @jit
@@ -332,7 +350,7 @@ def settle(state, camera, radii, field, solids, traits):
         s[4], s[5], s[6], s[7] = cos / length, sin / length, kind, s[3] * REACH[kind]
         for _ in range(PLACINGS):
             s[0], s[1] = uniform(state, -field, field), uniform(state, -field, field)
-            x, y, _, scale = project(camera, vector(s), 1)
+            x, y, _, scale = project(camera, vector(solids, k), 1)
             free = scale * s[3] < min(x, y) and max(x, y) < 1 - scale * s[3]
             for j in range(1, k):
                 x, y, far = solids[j, 0] - s[0], solids[j, 1] - s[1], radii[traits[j, 3]] + radius
@@ -404,8 +422,8 @@ def clevr(seed, start, count, size=64, variant="3"):
 
     def draw(first):
         return all(draw_scene(seed, start + np.uint64(b), variant, s, b)
-                   for b in range(first, count, THREADS))
+                   for b in range(first, count, threads()))
 
-    if not all((pool.map if THREADS > 1 else map)(draw, range(THREADS))):
+    if not all((pool.map if threads() > 1 else map)(draw, range(threads()))):
         raise Fail(f"found no places for the objects of CLEVR-{variant} on {size} x {size} pixels")
     return s

@@ -25,7 +25,7 @@ import numpy as np
 
 from common.backend import DEVICE, THREADS, to_device, to_host
 from common.errors import Fail
-from common.mpi import from_root, greatest, is_root, mean_over_processes
+from common.processes import disband, fork, from_root, greatest, is_root, mean_over_processes
 from common.store import as_json, clear_errors, read_npz, write_npz, write_text
 
 SAVE_SECONDS = 15
@@ -71,6 +71,7 @@ class Run:
         """
         self.total = total
         self.restore(state)
+        fork(self.cfg.batch_size)
         self.clock = saved = time.monotonic()
         with signals(self), Progress(self) as progress:
             while self.step < total:
@@ -85,6 +86,7 @@ class Run:
                     saved = now
                 if stop:
                     raise Stopped(self.step, stop)
+        disband()
 
     def elapsed(self):
         """Seconds of training, over all resumes."""

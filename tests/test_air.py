@@ -15,7 +15,7 @@ from common.params import Params
 from test_gradcheck import BOUND, EPS, pullback_error
 
 SMALL = {"canvas": 8, "glimpse": 5, "hidden": 6, "what": 4, "units": 5, "max_steps": 3}
-MODELS = [*air.STEPS]
+MODELS = [*air.FIND]
 
 
 def setting(batch=2, seed=13, **changes):
@@ -26,7 +26,7 @@ def setting(batch=2, seed=13, **changes):
     x = rng.random((batch, air.channels(cfg), cfg.canvas, cfg.canvas))
     noise = vars(air.draw_noise(cfg, batch, seed, 0))
     noise = SimpleNamespace(**{name: a.astype(float) for name, a in noise.items()})
-    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, C=2.0, tau=0.7)
+    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, C=2.0, presence=1.5, tau=0.7)
 
 
 def gradient(p, cfg, x, noise, weights):
@@ -65,35 +65,48 @@ def test_objective_gradients(model, estimator, data, monkeypatch, rng):
 
 
 def state(cfg, batch, rng):
-    C, S = air.channels(cfg), cfg.canvas
-    return [rng.standard_normal(shape) for shape in (
-        (batch, cfg.hidden), (batch, cfg.hidden), (batch, 4 + cfg.what), (batch, C, S, S))]
+    return [rng.standard_normal((batch, n)) for n in (cfg.hidden, cfg.hidden, 4 + cfg.what)]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_step_gradients(model, monkeypatch, rng):
+def test_find_gradients(model, rng):
     cfg, p, x, noise, _ = setting(model=model)
-    monkeypatch.setattr(air, "residual", lambda x, y: x - 0.5)
-    a = air.look(p, cfg, x)[0][0]
 
-    def step(h, c, z, y, *a):
-        trace, (h, c, z, y), back = air.STEPS[model](
-            p, cfg, x, *(a or [None]), (h, c, z, y), noise.where[0], noise.what[0])
+    def find(h, c, z, *a):
+        trace, (h, c, z), back = air.FIND[model](p, cfg, x, *(a or [None]), (h, c, z),
+                                                 noise.where[0], noise.what[0])
 
-        def pull(dlogit, dkl, dh, dc, dz, dy, g):
-            da, dstate = back((dh, dc, dz, dy), dlogit, dkl, g)
+        def pull(dlogit, dkl, dwindow, dwhat, dh, dc, dz, g):
+            da, dstate = back((dh, dc, dz), dlogit, dkl, dwindow, dwhat, g)
             return (*dstate, da) if a else dstate
 
-        return trace.logit, trace.kl, h, c, z, y, pull
+        return trace.logit, trace.kl, trace.window, trace.what, h, c, z, pull
 
-    inputs = state(cfg, len(x), rng) + ([] if a is None else [a.copy()])
-    assert pullback_error(step, inputs, p) < BOUND
+    a = [] if model == "dair" else [air.look(p, cfg, x)[0][0].copy()]
+    assert pullback_error(find, state(cfg, len(x), rng) + a, p) < BOUND
+
+
+def test_draw_gradients(rng):
+    cfg, p, x, _, _ = setting(data="sprites")
+    what, window = rng.standard_normal((4, cfg.what)), rng.uniform(0.3, 0.6, (4, 3))
+    p = Params({name: p[name] for name in p if name.startswith("decode")}, np.float64)
+    assert pullback_error(lambda *inputs: air.draw(p, *inputs, x.shape, cfg.glimpse)[1:],
+                          [what, window], p) < BOUND
+
+
+def test_step_1_is_a_step_with_zeros_before_it(rng):
+    cfg, p, x, _, _ = setting()
+    a, c = rng.standard_normal((len(x), 4 * cfg.hidden)), rng.standard_normal((len(x), cfg.hidden))
+    h, z = np.zeros_like(c), np.zeros((len(x), 4 + cfg.what))
+    for first, usual in zip(air.attend_first(p, x, a, None, None, c)[:2],
+                            air.attend_air(p, x, a, z, h, c)[:2], strict=True):
+        np.testing.assert_allclose(first, usual, rtol=1e-12)
 
 
 def test_attend_gradients(rng):
     for model in ("air", "dair"):
         cfg, p, x, _, _ = setting(model=model)
-        h, c, z, _ = state(cfg, len(x), rng)
+        h, c, z = state(cfg, len(x), rng)
         a = rng.standard_normal((len(x), 4 * cfg.hidden))
 
         def attend(*inputs, model=model, p=p, x=x, a=a):
@@ -290,8 +303,8 @@ def test_the_baseline_has_its_own_learning_rate():
 
 def test_relaxed_presence_becomes_a_decision_as_tau_falls(rng):
     """Without its KL terms the loss is then that of the canvas with the first n objects."""
-    cfg, _, x, noise, weights = setting(batch=20, estimator="relaxed", kl_weight=0.0,
-                                        presence_weight=0.0)
+    cfg, _, x, noise, weights = setting(batch=20, estimator="relaxed", kl_weight=0.0)
+    weights.presence = 0.0
     logits, _, ys, traces = made_up(cfg, x, rng)
     z = np.log(noise.uniform / (1 - noise.uniform)) + logits > 0
     n = z.cumprod(0).sum(0)
@@ -318,14 +331,16 @@ def test_gradients_stay_finite_however_sure_presence_is(estimator, sure):
 # ---------------------------------------------------------------- schedules, noise, scores
 
 def test_schedules_begin_and_end_where_the_config_says():
-    cfg = air.Config()
+    cfg = air.Config(presence_first=0.3, presence_weight=3.0)
     first, last = air.schedule(cfg, 0), air.schedule(cfg, cfg.steps)
     assert (first.temperature, first.C, first.tau) == (cfg.temperature, cfg.prior_first, 1)
     assert (last.temperature, last.C, last.tau) == pytest.approx((1, cfg.prior, 0.2))
+    assert (first.presence, last.presence) == (cfg.presence_first, cfg.presence_weight) == (0.3, 3)
     assert (first.lr, last.lr) == pytest.approx((cfg.lr, cfg.lr * cfg.lr_floor))
     ends = cfg.temperature_steps, cfg.prior_from, cfg.prior_to
     warm, before, arrived = (air.schedule(cfg, step) for step in ends)
     assert [warm.temperature, before.C, arrived.C] == [1, cfg.prior_first, cfg.prior]
+    assert [before.presence, arrived.presence] == [0.3, 3]
 
 
 def test_noise_depends_on_seed_and_step_only_and_processes_share_it():
@@ -339,6 +354,14 @@ def test_noise_depends_on_seed_and_step_only_and_processes_share_it():
         np.testing.assert_array_equal(a[:, 2:6], part[name])
         assert not any((a == other[name]).any() for other in others)
     assert whole["uniform"].min() > 0 and whole["uniform"].max() < 1
+
+
+def test_the_reduction_has_its_own_layers():
+    """Trunk 1024-200-100, per step a head of 1 + 3 + 20 + 20, decoder 20-100-256."""
+    p = Params(air.init(air.Config(**air.PRESETS["reduction"]), 0))
+    shapes = [p[name].shape for name in p if name.endswith("W") and "baseline" not in name]
+    assert shapes == [(1024, 200), (200, 100), (100, 3 * 44), (20, 100), (100, 256)]
+    assert (p["decode.1.b"] == -2).all()
 
 
 @pytest.mark.parametrize("model", MODELS)

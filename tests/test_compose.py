@@ -100,8 +100,35 @@ def test_placing_versions_agree(M, dtype, rng):
     assert_close([crop, back(canvas) * there], want, PRECISION[dtype])
 
 
+@pytest.mark.skipif(DEVICE == "gpu", reason="the GPU has one way for all maps")
+@pytest.mark.parametrize("M", [1, 4, 5])
+def test_transforms_place_as_the_loops_do(M, rng):
+    canvas, theta, image = maps(rng, M=M)
+    for kernel, arrays, want in (("place", (canvas, theta), compose.place_reference(canvas, theta)),
+                                 ("cut", (image, theta), compose.cut_reference(image, theta, M)),
+                                 ("match", (canvas, image),
+                                  compose.match_reference(canvas, image))):
+        np.testing.assert_allclose(compose.fourier(kernel, *arrays, theta, M), want, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "gpu", reason="the GPU has one way for all maps")
+def test_blurred_maps_are_transformed_and_sharp_ones_are_not(monkeypatch, rng):
+    canvas, image = rng.random((2, 4, 24, 24)), rng.random((2, 4, 64, 64))
+    sharp, even = np.zeros((2, 64, 64)), np.full((2, 64, 64), 1 / 64**2)
+    sharp[:, 30:33, 40:43] = 1 / 9
+    assert not compose.blurred(canvas, sharp) and compose.blurred(canvas, even)
+    answers = []
+    for slower in (compose.SLOWER, np.inf):             # then the loops have to do it
+        monkeypatch.setattr(compose, "SLOWER", slower)
+        out, back = compose.place(canvas, even)
+        answers.append((out, *back(image), compose.cut(image, even, 24)[0]))
+    assert_close(*answers, 1e-12)
+
+
 @pytest.mark.skipif(DEVICE == "gpu", reason="finite differences are for the CPU")
-def test_placing_gradients(rng):
+@pytest.mark.parametrize("slower", [0, np.inf])
+def test_placing_gradients(slower, monkeypatch, rng):
+    monkeypatch.setattr(compose, "SLOWER", slower)
     canvas, theta, image = maps(rng)
     theta += 0.1
     assert pullback_error(compose.place, [canvas, theta]) < BOUND

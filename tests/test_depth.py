@@ -166,6 +166,48 @@ def test_second_look_gradients(rng):
         assert error < BOUND, (name, error)
 
 
+def test_no_code_of_a_scene_throws_objects_away(rng):
+    """Codes that no scene has get Gaussians hardly wider than that of all scenes."""
+    cfg = depth.Config(**SMALL)
+    p = Params(depth.init(cfg, 0))
+    p["prior.where.3.b"][...] = 99
+    log_std = depth.normal(p, "prior.where", np.full((2, 8), 20, np.float32))[1]
+    assert log_std.shape == (2, 4) and (log_std == 0.5).all()
+
+
+def test_priors_differ_in_what_they_know(rng):
+    """With one value for every latent that was seen, only `none` draws anything else."""
+    cfg = depth.Config(**SMALL)
+    p = Params(depth.init(cfg, 0))
+    p["prior.mean"][...], p["prior.std"][...] = 0.25, 0
+    for prior in ("scene", "independent"):
+        v = depth.latents_of_scenes(p, replace(cfg, prior=prior), 50, rng)
+        np.testing.assert_array_equal(v, np.full((50, 2 * (2 + 4)), 0.25))
+    p["prior.std"][...] = 2
+    v = depth.latents_of_scenes(p, replace(cfg, prior="independent"), 5000, rng)
+    np.testing.assert_allclose(np.cov(v.T), 4 * np.eye(12), atol=0.4)
+    anywhere = depth.imagine(p, replace(cfg, prior="none"), 500, rng)
+    assert anywhere.alpha[:, :, :4].max() > 0.1 and anywhere.alpha.shape == (500, 2, 32, 32)
+
+
+def test_generated_scenes_are_compared(monkeypatch):
+    """A model that draws fresh scenes is as near to them as they are to each other."""
+    cfg = depth.Config(generated=60)
+
+    def fresh(p, cfg, count, rng):
+        s = depth.draw_scenes(cfg, 9, 0, count)
+        colour = s.colours[..., None, None]
+        return SimpleNamespace(alpha=s.amodal.astype(np.float32), colour=colour, depth=s.order,
+                               background=np.zeros((count, 3, 1, 1), np.float32))
+
+    monkeypatch.setattr(depth, "imagine", fresh)
+    told = depth.generation(None, cfg)
+    assert told["frechet"] < 2 * told["frechet_floor"]
+    assert told["frechet_object"] < 2 * told["frechet_floor"]
+    monkeypatch.setattr(depth, "compose", lambda found: np.zeros((60, 3, 64, 64), np.float32))
+    assert depth.generation(None, cfg)["frechet"] > 3 * told["frechet"]
+
+
 def test_what_is_inferred_is_what_is_rendered(rng):
     """The generative model alone, given the latents of a scene, paints its reconstruction."""
     for changes in ({}, TURNS, PAPER):
@@ -291,6 +333,11 @@ def test_the_truth_scores_one(monkeypatch, tmp_path):
                                modal=depth.visible_masks(truth.amodal, truth.order)[:, ::-1])
 
     monkeypatch.setattr(depth, "infer_scenes", know)
+    rows = depth.score(None, cfg, [(truth.images, truth.amodal, truth.order)],
+                       depth.OVERLAPS)["depth_by_overlap"]
+    shared = (truth.amodal[:, 0] & truth.amodal[:, 1]).sum((1, 2))
+    for overlap, right, right_modal, pairs in rows:
+        assert right == right_modal == 1 and pairs == (shared >= overlap / 4).sum()
     metrics = depth.evaluate(cfg, depth.init(cfg, 0), scene_file(tmp_path))
     assert metrics == {"modal_iou": 1, "amodal_iou": 1, "depth_accuracy": 1,
                        "depth_accuracy_modal": 1, "mse": 0}

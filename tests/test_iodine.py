@@ -193,6 +193,33 @@ def test_scenes_do_not_see_each_other():
     np.testing.assert_allclose(together[1:], alone, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", iodine.INPUTS)
+def test_an_input_is_left_unread(name):
+    """The weights that `--without` zeroes are those that meet this input, and no others."""
+    cfg, p, x, noise, weights = setting()
+    found, _ = iodine.look(p, cfg, x, noise[0, :, :1] + np.zeros(8), noise[0], 0.6, 1.0, p.grads())
+    maps, dlam, _ = iodine.inputs(cfg, x, found)
+    C, N, images = 3, len(maps), iodine.facts(x, found)[0]
+    own = {"means": found.y[:, :C], "logits": found.y[:, C:], "mask": found.pixels.mask,
+           "mask-posterior": found.pixels.posterior, "means-gradient": images[:, :C],
+           "logits-gradient": images[:, C:C + 1], "likelihood": images[:, C + 1:C + 2],
+           "leave-one-out": images[:, C + 2:]}
+    zeroed = {key: ~a.any((0, 2, 3)) if a.ndim == 4 else ~a.any(1)
+              for key, a in iodine.unread(replace(cfg, without=(name,)), p).items()
+              if key.endswith(".W")}
+    Z, still = cfg.latents, zeroed["refine.image.W"]
+    np.testing.assert_array_equal(still, [name == "image"] * C + [name == "coordinates"] * 9)
+    for layer in ("refine.mix.W", "refine.step.W"):
+        rest = len(zeroed[layer]) - 4 * Z
+        np.testing.assert_array_equal(zeroed[layer], [False] * rest + [name == "posterior"] * 2 * Z
+                                      + [name == "posterior-gradient"] * 2 * Z)
+    if name in own:
+        np.testing.assert_array_equal(maps[:, zeroed["refine.maps.W"]],
+                                      own[name].reshape(N, -1, 9, 9))
+    else:
+        assert not zeroed["refine.maps.W"].any()
+
+
 # ---------------------------------------------------------------- schedules, noise, scenes
 
 def test_sigma_holds_then_falls_and_stays():
@@ -220,6 +247,17 @@ def test_scenes_fit_the_model(data, canvas, shape):
     assert images.shape == shape and masks.shape == (2, *shape[2:])
     found = iodine.score(Params(iodine.init(cfg, 0)), cfg, [(images, masks)])
     assert all(len(v) == cfg.test_iterations + 1 and np.isfinite(v).all() for v in found.values())
+
+
+def test_a_median_ground_counts_as_black():
+    """A scene on grey is found as on black, and drawn on its grey."""
+    cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=2, ground="median")
+    p, images = Params(iodine.init(cfg, 0)), iodine.draw_scenes(cfg, 0, 0, 2).images
+    black, grey = (iodine.infer_scenes(p, cfg, a) for a in (images, images + np.float32(0.25)))
+    np.testing.assert_allclose(grey.masks, black.masks, atol=1e-4)
+    np.testing.assert_allclose(grey.recon, black.recon + 0.25, atol=1e-4)
+    np.testing.assert_allclose(iodine.ground(cfg, images + np.float32(0.25)), 0.25)
+    assert not iodine.ground(replace(cfg, ground="black"), images + 1).any()
 
 
 def test_objects_are_told_from_the_ground():
@@ -279,6 +317,15 @@ def test_the_four_verbs(shell, tmp_path):
     picture, = json.loads(out)["pictures"]
     assert status == 0 and Path(picture["overlay"]).stat().st_size > 1000
     assert all({"slot", "box", "area"} == found.keys() for found in picture["objects"])
+
+
+def test_what_is_not_read_stays_so(shell, tmp_path, monkeypatch):
+    monkeypatch.setattr(iodine, "figures", lambda *a: None)
+    words = "--without", "image", "posterior-gradient"
+    assert shell(*TINY, "--steps", 3, "--out", tmp_path / "run", *words)[0] == 0
+    cfg, p = iodine.load_run(tmp_path / "run")
+    assert not p["refine.image.W"][:, :3].any() and p["refine.image.W"][:, 3:].any()
+    assert not p["refine.step.W"][-8:].any() and p["refine.step.W"][:-8].any()
 
 
 def test_resuming_is_exact(shell, tmp_path, monkeypatch):

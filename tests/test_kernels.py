@@ -130,6 +130,29 @@ UPDATES = {
 
 
 @dtypes
+@pytest.mark.parametrize("shape", [(3, 33, 7), (16, 200, 13), (1, 16, 1), (48, 17, 6), (5, 3, 4),
+                                   (49, 40, 8)])
+def test_times_transposed(shape, dtype, rng):
+    M, N, K = shape
+    a, b = (rng.standard_normal(s).astype(dtype) for s in ((M, N), (K, N)))
+    want = a @ b.T
+    for _ in range(2):                                      # its memory serves again
+        assert_close(kernels.times_transposed(*device(a, b)), want, PRECISION[dtype])
+    a[0, 0] = np.nan
+    assert np.isnan(to_host(kernels.times_transposed(*device(a, b)))[0]).all()
+
+
+@dtypes
+@pytest.mark.parametrize("count", [2, 3])
+def test_average(count, dtype, rng):
+    rows = rng.standard_normal((count, 5000)).astype(dtype)
+    want = rows.copy()
+    want[0, 7:4321] = rows[:, 7:4321].mean(0)
+    kernels.average(rows, 7, 4321)
+    assert_close(rows, want, PRECISION[dtype])
+
+
+@dtypes
 @pytest.mark.parametrize("name", UPDATES)
 def test_optimisers(name, dtype, rng):
     update, reference, numbers = UPDATES[name]

@@ -304,12 +304,17 @@ def test_the_seed_decides(tmp_path, result):
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
-@pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")),
-                    reason="no mpiexec or no mpi4py")
-def test_two_processes_train_as_one(tmp_path):
-    words = [*TINY, "--data", "sprites"]
-    status, out, err = finish(start(*words, "--out", tmp_path / "two",
-                                    launcher=(MPIEXEC, "-n", "2")))
+MPI = {"launcher": (MPIEXEC, "-n", "2")}
+
+
+@pytest.mark.parametrize(("more", "how"), [
+    pytest.param(["--threads", 1], MPI, marks=pytest.mark.skipif(
+        not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="no mpiexec or no mpi4py")),
+    pytest.param(["--threads", 2], {}, marks=pytest.mark.skipif(
+        sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="no cores to share"))])
+def test_two_processes_train_as_one(tmp_path, more, how):
+    words = [*TINY, "--data", "sprites", "--threads", 1]
+    status, out, err = finish(start(*words, *more, "--out", tmp_path / "two", **how))
     assert status == 0 and out.count("\n") == 1 and err.count("run folder") == 1, err
     one = json.loads(finish(start(*words, "--out", tmp_path / "one"))[1])
     assert json.loads(out)["elbo"] == pytest.approx(one["elbo"], rel=1e-5)

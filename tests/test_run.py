@@ -90,8 +90,10 @@ def stopped_at(folder, step, monkeypatch, **config):
 
 # ---------------------------------------------------------------- kills, crashes, signals
 
-def test_kill_9_at_twenty_moments(tmp_path):
-    words = ["--steps", 300, "--save-every", 1, "--eval-every", 7, "--pause", 0.001]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kill_9_at_twenty_moments(tmp_path, threads):
+    words = ["--steps", 300, "--save-every", 1, "--eval-every", 7, "--pause", 0.001,
+             "--threads", threads]
     code, out, _ = toy(*words, "--out", tmp_path / "whole")
     assert code == 0
     rng, killed = random.Random(0), tmp_path / "killed"
@@ -394,45 +396,99 @@ def test_a_checkpoint_is_no_weights_file(whole, tmp_path):
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")),
                                reason="no mpiexec or no mpi4py")
+needs_cores = pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2,
+                                 reason="runs fork on Linux, where there are two cores")
+ways = pytest.mark.parametrize("way", [pytest.param("mpiexec", marks=needs_mpi),
+                                       pytest.param("fork", marks=needs_cores)])
 
 
-def together(*words, gpu=False):
+def together(way, *words, gpu=False):
+    if way == "fork":
+        return start(*words, "--threads", 2)
     return start(*words, launcher=(MPIEXEC, "-n", "2"), gpu=gpu)
 
 
-@needs_mpi
-@pytest.mark.parametrize("gpu", [False, True])
-def test_two_processes_train_as_one(tmp_path, gpu):
-    code, out, err = finish(together("--steps", 40, "--out", tmp_path / "two", gpu=gpu))
+@pytest.mark.parametrize(("way", "gpu"), [pytest.param("mpiexec", False, marks=needs_mpi),
+                                          pytest.param("mpiexec", True, marks=needs_mpi),
+                                          pytest.param("fork", False, marks=needs_cores)])
+def test_two_processes_train_as_one(tmp_path, way, gpu):
+    code, out, err = finish(together(way, "--steps", 40, "--out", tmp_path / "two", gpu=gpu))
     assert code == 0, err
     assert len(out.splitlines()) == 1 and err.count("run folder") == 1
     one = toy("--steps", 40, "--out", tmp_path / "one")[1]
     two, one = (np.frombuffer(bytes.fromhex(bits(o)), np.float32) for o in (out, one))
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+    assert (two != one).any()                                       # summed in another order
     for a, b in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-@needs_mpi
-def test_two_processes_resume_bit_for_bit(tmp_path):
+@ways
+def test_two_processes_resume_bit_for_bit(tmp_path, way):
     words = ["--steps", 80, "--eval-every", 7, "--pause", 0.01]
-    process = together(*words, "--out", tmp_path / "stopped")
+    process = together(way, *words, "--out", tmp_path / "stopped")
     while not (tmp_path / "stopped" / "metrics.jsonl").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)                              # mpiexec passes it on
     _, _, err = finish(process)
     assert err.count("stopped at step") == 1 and "Traceback" not in err, err
-    code, resumed, err = finish(together(*words, "--out", tmp_path / "stopped", "--resume"))
+    code, resumed, err = finish(together(way, *words, "--out", tmp_path / "stopped", "--resume"))
     assert code == 0 and "continuing at step" in err
-    code, whole, _ = finish(together(*words, "--out", tmp_path / "whole"))
+    code, whole, _ = finish(together(way, *words, "--out", tmp_path / "whole"))
     assert bits(resumed) == bits(whole) and log(tmp_path / "stopped") == log(tmp_path / "whole")
 
 
-@needs_mpi
+@ways
 @pytest.mark.parametrize(("words", "line"), [
     (["--nan-at", "5"], "error: loss is nan at step 5"),
-    (["--batch-size", "15"], "error: a batch of 15 cannot be shared equally by 2 processes"),
     (["--out", "/dev/null/x"], "error: cannot write to /dev/null/x")])
-def test_an_error_ends_all_processes(tmp_path, words, line):
-    code, out, err = finish(together("--out", tmp_path, *words))
+def test_an_error_ends_all_processes(tmp_path, way, words, line):
+    code, out, err = finish(together(way, "--out", tmp_path, *words))
     assert code != 0 and out == "" and line in err and "Traceback" not in err
+    assert way == "mpiexec" or err.count("error:") == 1
+
+
+@needs_mpi
+def test_a_batch_that_mpi_cannot_share_is_refused(tmp_path):
+    _, _, err = finish(together("mpiexec", "--out", tmp_path, "--batch-size", 15))
+    assert "error: a batch of 15 cannot be shared equally by 2 processes" in err
+
+
+@needs_cores
+def test_a_batch_that_cores_cannot_share_is_not_shared(tmp_path):
+    words = ["--steps", 9, "--batch-size", 15, "--out"]
+    (_, two, _), (_, one, _) = (finish(together("fork", *words, tmp_path / "two")),
+                                toy(*words, tmp_path / "one"))
+    assert bits(two) == bits(one)
+
+
+def children(pid):
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def forked(folder, *words):
+    """A run that has forked, and the process that it has forked."""
+    process = together("fork", "--steps", 200, "--pause", 0.01, "--save-every", 1, "--out", folder,
+                       *words)
+    while not (folder / "checkpoint.npz").exists() or not children(process.pid):
+        time.sleep(0.005)
+    return process, children(process.pid)[0]
+
+
+@needs_cores
+def test_a_process_that_is_lost_ends_the_run_and_it_resumes(tmp_path):
+    process, other = forked(tmp_path)
+    os.kill(other, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 2 and "a process of this run was ended from outside" in err
+    assert finish(together("fork", "--steps", 200, "--out", tmp_path, "--pause", 0.01,
+                           "--save-every", 1, "--resume"))[0] == 0
+
+
+@needs_cores
+def test_no_process_outlives_the_first(tmp_path):
+    process, other = forked(tmp_path)
+    process.kill()
+    finish(process)                                                 # waits until all have let go
+    assert not Path(f"/proc/{other}/cmdline").exists() \
+        or not Path(f"/proc/{other}/cmdline").read_bytes()

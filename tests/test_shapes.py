@@ -13,11 +13,13 @@ import air_multimnist as air
 import depth_scene as depth
 import iodine_tetris as iodine
 import sqair_moving as sqair
+import vae_scenes as vae
 import vrnn_moving as vrnn
 from common import (
     compose,
     conv,
     data,
+    features,
     kernels,
     metrics,
     mixture,
@@ -130,7 +132,8 @@ def run_sqair():
     try:
         for objective, net, B in (("fast", "conv", 10), ("vimco", "mlp", 5)):
             cfg = sqair.Config(objective=objective, net=net, canvas=12, glimpse=8, hidden=22,
-                               memory=16, what=9, units=14, particles=2, later=3, data="drawn")
+                               memory=16, what=9, units=14, particles=2, later=3, data="drawn",
+                               walls=True)
             p = Params(sqair.init(cfg, 0))
             videos = np.random.default_rng(0).random((B, 4, 1, 12, 12), np.float32)
             noise = sqair.draw_noise(cfg, 4, B, 0, 0)
@@ -199,6 +202,20 @@ def run_vrnn_imagine():
 VRNN = {"B": 5, "T": 3, "N": 2, "R": 10, "S": 9, "H": 7, "K": 4}
 
 
+def run_vae():
+    cfg = vae.Config(canvas=32, latent=7, halvings=(4, 8, 4, 12), mixings=(8, 4, 4), seeds=9,
+                     widths=(4, 3, 6))
+    p = Params(vae.init(cfg, 0))
+    _, _, _, back = vae.objective(p, cfg, ones(5, 3, 32, 32), vae.draw_noise(cfg, 5, 0, 0), 0.1)
+    back(p.grads())
+
+
+def run_features():
+    s = shapes.polygons(0, 0, 5, 32)
+    kinds, numbers = features.truth(s.images, s.amodal, s.order, s.kinds)
+    features.lesson(Params(features.init(32, 2, 0)), s.images, kinds, numbers)
+
+
 # One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
 # A commented line of a listed module or function that no run executes fails, so list only what
 # the run covers, and give every dimension a size of its own.
@@ -208,6 +225,9 @@ CASES = {
     "iodine": ([iodine], IODINE, run_iodine),
     "mixture": ([mixture.density, mixture.mixture_reference],
                 {"B": 5, "K": 2, "C": 3, "H": 6, "W": 8}, run_mixture),
+    "vae": ([vae], {"B": 5, "C": 3, "N": 32, "K": 7, "W": 6, "seeds": 9}, run_vae),
+    "features": ([features], {"B": 5, "K": 2, "N": 32, "F": 64, "KINDS": 8, "NUMBERS": 6},
+                 run_features),
     "vrnn": ([vrnn.normal, vrnn.latent, vrnn.decode, vrnn.step, vrnn.look_all, vrnn.resample,
               vrnn.gather, vrnn.unroll], VRNN, run_vrnn),
     "vrnn.imagine": ([vrnn.imagine], VRNN, run_vrnn_imagine),

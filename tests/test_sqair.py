@@ -24,6 +24,8 @@ def setting(batch=3, frames=3, seed=5, **changes):
     p = Params(sqair.init(cfg, seed), np.float64)
     p.flat[...] += 0.1 * rng.standard_normal(p.flat.size)
     p["later.b"][...] = p["stay.1.b"][...] = 0
+    if cfg.walls:
+        p["wall.b"][...] *= 0.1                         # near enough to bounce
     videos = rng.random((batch, frames, 1, cfg.canvas, cfg.canvas))
     noise = [SimpleNamespace(eps=n.eps.astype(float), uniform=n.uniform.astype(float))
              for n in sqair.draw_noise(cfg, frames, batch, seed, 0)]
@@ -64,6 +66,7 @@ def test_costs_agree_on_average(rng):
 
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "vimco", "particles": 2}, {"net": "conv"},
+                                     {"walls": True},
                                      {"explain_away": False, "later": 3}, {"model": "air"}],
                          ids=str)
 def test_gradients_through_time(changes, monkeypatch, rng):
@@ -96,8 +99,7 @@ def test_gradients_through_time(changes, monkeypatch, rng):
 
     for name in p:
         error = directional(read, p[name], g[name], rng, EPS)
-        print(name, error)
-        assert error < 20 * BOUND or np.abs(g[name]).max() < 1e-7, (name, error)
+        assert error < BOUND or np.abs(g[name]).max() < 1e-7, (name, error)
         if cfg.model == "sqair":
             assert g[name].any(), name
 
@@ -129,7 +131,7 @@ def test_fast_gradients(monkeypatch, rng):
     for name in p:
         assert g[name].any(), name
         error = directional(loss, p[name], g[name], rng, EPS)
-        assert error < 20 * BOUND, (name, error)
+        assert error < BOUND, (name, error)
 
 
 def test_detached_state_stops_the_past(rng):
@@ -142,9 +144,11 @@ def test_detached_state_stops_the_past(rng):
     xs, states = list(videos.swapaxes(0, 1)), [sqair.nothing(cfg, len(videos), float)]
     states += sqair.unroll(p, cfg, xs, noise)[1]
     for t, x in enumerate(xs):
-        trace, _, back_t = sqair.frame(p, cfg, x, states[t], noise[t], t == 0)
+        e, back_e = sqair.features(p, cfg, "look", x)
+        trace, _, back_t = sqair.frame(p, cfg, x, e, states[t], noise[t], t == 0)
         alone = p.grads()
-        back_t(sqair.fast(cfg, [x], [trace], weights)[1][0], np.zeros_like(states[t].s), alone)
+        slope = sqair.fast(cfg, [x], [trace], weights)[1][0]
+        back_e(back_t(slope, np.zeros_like(states[t].s), alone)[0], alone)
         alone.flush()
         each += alone.flat
     np.testing.assert_allclose(each, g.flat, rtol=1e-9, atol=1e-12)
@@ -284,6 +288,43 @@ def test_full_slots_find_nothing_more():
     traces, states, _ = sqair.unroll(p, cfg, list(videos.swapaxes(0, 1)), noise)
     for trace, state in zip(traces, states, strict=True):
         assert (state.there.sum(1) <= 1).all() and (trace.n <= trace.free).all()
+
+
+def test_hindsight_finds_places_and_velocities(rng):
+    """Objects that move on evenly, and are first seen beside their places."""
+    cfg = sqair.Config(**{**SMALL, "canvas": 24, "glimpse": 8}, walls=True)
+    p = Params(sqair.init(cfg, 0), np.float64)
+    p["decode.2.W"][...] *= 10
+    T, rows = 3, np.array([0, 0, 1])
+    what, where, velocity = (rng.standard_normal((3, k)) for k in (cfg.what, 3, 2))
+    where[:, 1:] = [[-0.8, -0.8], [0.8, 0.8], [0.1, 0.1]]
+    velocity *= 0.05
+    xs, states = [], []
+    for t in range(T):
+        at = where + t * np.pad(velocity, ((0, 0), (1, 0)))
+        drawn, _ = sqair.draw(p, cfg, what, at)
+        xs.append(np.stack([drawn[:2].sum(0), drawn[2]]))
+        state = sqair.nothing(cfg, 2, float)
+        i = (rows, [0, 1, 0])
+        state.there[i], state.name[i], state.s[i + (slice(6, 10),)] = 1, [0, 1, 0], what
+        state.s[i + (slice(3),)] = at + 0.1 * np.pad(rng.uniform(-1, 1, (3, 2)), ((0, 0), (1, 0)))
+        states.append(state)
+    states[0].name[1] = -1                          # found in frame 2
+    s = sqair.in_hindsight(p, cfg, xs, states).s[i]
+    np.testing.assert_allclose(s[:, :3], at, atol=3e-3)
+    np.testing.assert_allclose(s[:, 4:6], velocity, atol=3e-3)
+
+
+def test_bounces_are_straight_lines_in_the_mirror():
+    cfg = sqair.Config(**SMALL, walls=True)
+    p = Params(sqair.init(cfg, 0), np.float64)
+    p["wall.W"][...] = 0                            # walls at -2 and 2
+    s = np.zeros((3, 6 + cfg.what + 2 * cfg.memory))
+    s[:, 1:3], s[:, 4:6] = [[1.9, 0], [1.9, -1.8], [-1.9, 2.1]], [[0.3, 0.3], [-0.3, -0.3],
+                                                                  [0.1, -0.2]]
+    past, _ = sqair.mirrored(p, cfg, s)
+    np.testing.assert_allclose(past[:, 1:3] + past[:, 4:6], [[1.8, 0.3], [1.6, -1.9], [-1.8, 1.9]])
+    np.testing.assert_allclose(past[:, 4:6], [[-0.3, 0.3], [-0.3, 0.3], [0.1, -0.2]])
 
 
 def test_priors_of_the_number_are_normalised():

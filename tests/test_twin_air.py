@@ -10,12 +10,12 @@ from common.params import Params
 
 torch = pytest.importorskip("torch")
 
-WEIGHTS = SimpleNamespace(temperature=3.0, C=2.0, tau=0.7)
+WEIGHTS = SimpleNamespace(temperature=3.0, C=2.0, presence=1.5, tau=0.7)
 
 
 @pytest.mark.parametrize("data", ["digits", "sprites"])
 @pytest.mark.parametrize("estimator", air.ESTIMATORS)
-@pytest.mark.parametrize("model", air.STEPS)
+@pytest.mark.parametrize("model", air.FIND)
 def test_gradient_is_that_of_autograd(model, estimator, data, rng):
     from bench import twin_air
 

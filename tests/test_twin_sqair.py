@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("changes", [
     {}, {"through_time": True, "explain_away": False, "later": 2}, {"model": "air"},
+    {"walls": True, "through_time": True},
     {"objective": "vimco", "particles": 3, "through_time": True}], ids=str)
 def test_gradient_is_that_of_autograd(changes, dense):
     from bench import twin_sqair

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import cli
 from common.errors import Fail
-from common.mpi import is_root, mean_over_processes, share
+from common.processes import is_root, mean_over_processes, share
 from common.store import load_weights, save_weights
 
 D = 64
@@ -63,9 +63,9 @@ def predict(w, x):
 def train(cfg, run):
     """The loop of the real scripts in small."""
     w, m, v = (xp.zeros(D + 1, xp.float32) for _ in range(3))
-    start, count = share(cfg.batch_size)
-    own = slice(start, start + count)
     for step in run.steps(cfg.steps, {"w": w, "m": m, "v": v}):
+        start, count = share(cfg.batch_size)
+        own = slice(start, start + count)
         x, y = draw(cfg, run.seed, step)
         guess, back = predict(w, x[own])
         loss = float(((guess - y[own]) ** 2).mean()) if step != cfg.nan_at else float("nan")

@@ -5,7 +5,7 @@ Images are (B, C, H, W) in [0, 1]; layers (B, K, 4, H, W) are colour and alpha, 
 
 import numpy as np
 
-from viz.style import GAP, INK, panels, rgb, show, step_colour
+from viz.style import GAP, GREY, INK, RUN, figure, panels, rgb, show, step_colour
 
 LIGHT, DARK, TILE = 1.0, 0.86, 8                                    # the checkerboard
 
@@ -72,6 +72,25 @@ def overlay(path, image, modal, layers):
         for ax, picture in zip(axes[0], [image, marked, *[over(a, board) for a in layers]],
                                strict=True):
             show(ax, picture)
+
+
+def overlap_curves(path, runs):
+    """How often depths are in order, the more two objects overlap, with them matched by whole masks
+    and (dashed) by what is seen: {name: [overlap, share, share, pairs]}."""
+    with figure(path, 1100, 720, layout="constrained") as fig:
+        ax = fig.subplots()
+        for k, (name, points) in enumerate(runs.items()):
+            overlap, share, modal, pairs = np.transpose(points)
+            look = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": RUN[k % len(RUN)]}
+            ax.plot(overlap, share, **look,
+                    label=f"{name} ({pairs[0]:.0f} pairs, {pairs[-1]:.0f} at the end)")
+            ax.plot(overlap, modal, **look, linestyle="--")
+        ax.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+        ax.text(ax.get_xlim()[1], 0.51, "chance", color=GREY, ha="right", va="bottom", size=8)
+        ax.set(ylim=(0.45, 1.02), xlabel="pixels that a pair shares at least")
+        ax.set_title("pairs whose depth order is right", loc="left", size=9.5, weight="bold", pad=8)
+        ax.grid(axis="y", color=GREY, alpha=0.18, linewidth=0.6)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 # ---------------------------------------------------------------- a scene pulled apart

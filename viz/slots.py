@@ -77,8 +77,11 @@ def page(images, recon, masks, means, zoom, caption):
     return np.asarray(image)
 
 
-def against(path, curves, fields, x, x_label, mark=None):
-    """One panel per (key, label): curves {name: {key: values}} over x; `mark`: as trained."""
+def against(path, curves, fields, x, x_label, mark=None, marks=None):
+    """One panel per (key, label): curves {name: {key: values}} over x.
+
+    As trained: `mark` draws a line there, `marks` a dot for each of the names.
+    """
     from matplotlib.ticker import MaxNLocator
 
     with figure(path, 40 + 760 * len(fields), 640, layout="constrained") as fig:
@@ -88,6 +91,9 @@ def against(path, curves, fields, x, x_label, mark=None):
                 colour = RUN[i % len(RUN)]
                 ax.plot(x, values[key], color=colour, linewidth=1.8, label=name, marker="o",
                         markersize=3)
+                if marks:
+                    at = list(x).index(marks[name])
+                    ax.plot(marks[name], values[key][at], "o", color=colour, markersize=8)
             if mark is not None:
                 ax.axvline(mark, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
             ax.set_title(label, loc="left", size=9.5, weight="bold", pad=8)
@@ -97,3 +103,21 @@ def against(path, curves, fields, x, x_label, mark=None):
         if len(curves) > 1:
             fig.legend(handles=axes[0].get_legend_handles_labels()[0], loc="outside lower center",
                        ncols=len(curves), handlelength=1.4)
+
+
+def dots(path, found, labels):
+    """One panel per label: {test: {model: [values by label, ..]}}, a dot for each such list."""
+    models = list(next(iter(found.values())))
+    with figure(path, 240 + 640 * len(labels), 220 + 70 * len(models), layout="constrained") as fig:
+        axes = fig.subplots(1, len(labels), squeeze=False, sharey=True)[0]
+        for c, (ax, label) in enumerate(zip(axes, labels, strict=True)):
+            for i, (test, rows) in enumerate(found.items()):
+                points = [(v[c], models.index(name)) for name, runs in rows.items() for v in runs]
+                ax.plot(*zip(*points, strict=True), "o", color=RUN[i], markersize=6, label=test)
+            ax.set_title(label, loc="left", size=9.5, weight="bold", pad=8)
+            ax.set_yticks(range(len(models)), models)
+            ax.set_ylim(len(models) - 0.5, -0.5)
+            ax.grid(color=GREY, alpha=0.18, linewidth=0.6)
+        if len(found) > 1:
+            fig.legend(handles=axes[0].get_legend_handles_labels()[0], loc="outside lower center",
+                       ncols=len(found))
