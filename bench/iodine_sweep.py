@@ -13,6 +13,7 @@ the records of its number of steps.
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ import iodine_tetris as iodine  # before NumPy: common.backend sets threads
 from bench.results import machine
 from common.errors import Fail
 from common.run import Run, Stopped, say
+from common.store import as_json
 from viz import slots
 from viz.curves import read_jsonl
 
@@ -37,6 +39,7 @@ TESTS = {                   # (objects, slots) at test; None: as in training
 }
 FIELDS = [("ari_foreground", "foreground ARI"), ("mse", "squared error per pixel"),
           ("kl", "KL (nats)")]
+DIVERGED = 0.2              # squared error per pixel
 
 
 def trained(sweep, name, seed, steps):
@@ -60,14 +63,22 @@ def draw(sweep, records, path):
     """Fig. 8 as curves; the others as a dot for each model, after the default's refinements."""
     if sweep == "iterations":
         marks = {name: changed["iterations"] for name, changed in SWEEPS[sweep].items()}
-        return slots.against(path, {r["name"]: r["curves"][""] for r in records.values()}, FIELDS,
-                             range(iodine.LONG + 1), "refinements at test", marks=marks)
+        curves = {r["name"]: stable(r["curves"][""]) for r in records.values()}
+        return slots.against(path, curves, FIELDS, range(iodine.LONG + 1), "refinements at test",
+                             marks=marks)
     found = {test: {} for test in TESTS[sweep]}
     for test, models in found.items():
         for r in records.values():
             models.setdefault(r["name"], []).append([r[f"{key} {test}".strip()]
                                                      for key, _ in FIELDS])
     return slots.dots(path, found, [label for _, label in FIELDS])
+
+
+def stable(curves):
+    """Scores up to where a model diverges: there it draws worse than a black picture would be."""
+    good = [mse is not None and mse < DIVERGED for mse in curves["mse"]]
+    return {key: [v if ok else math.nan for v, ok in zip(values, good, strict=True)]
+            for key, values in curves.items()}
 
 
 def main():
@@ -88,7 +99,7 @@ def main():
                     record = {**trained(args.sweep, name, seed, args.steps), "machine": machine(),
                               "command": command}
                     with open(file, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(record) + "\n")
+                        f.write(json.dumps(as_json(record)) + "\n")
         draw(args.sweep, kept(file, args.steps), file.with_suffix(".png"))
     except Stopped as e:
         parser.exit(e.status, f"{e} (start the sweep again)\n")
