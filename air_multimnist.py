@@ -94,7 +94,7 @@ class Config:
 
 
 PRESETS = {
-    "default": {},
+    "default": {"prior": 20.0},
     "quick": {"steps": 1000, "test_scenes": 2000},
     "long": {"steps": 16_000, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
