@@ -83,6 +83,9 @@ class Config:
                                           low=1e-6, high=0.999)
     temperature: float = cli.option(40.0, "first weight of q(n)'s entropy; falls to 1", low=1.0)
     temperature_steps: int = cli.option(600, "updates until that weight is 1", low=0)
+    spread: float = cli.option(0.0, "exact: weight at the start of all counts being likely, S",
+                               low=0.0)
+    spread_steps: int = cli.option(1200, "updates until S is 0", low=0)
     prior_first: float = cli.option(5.0, "C of eq.1 at the start", low=0.0, high=100.0)
     prior: float = cli.option(10.0, "C of eq.1 at the end: nats that an object must earn",
                               low=0.0, high=100.0)
@@ -94,9 +97,9 @@ class Config:
 
 
 PRESETS = {
-    "default": {"prior": 20.0},
-    "quick": {"steps": 1000, "test_scenes": 2000},
-    "long": {"steps": 16_000, "eval_every": 1000},
+    "default": {"spread": 0.03},
+    "quick": {"steps": 1000, "spread": 0.03, "spread_steps": 600, "test_scenes": 2000},
+    "long": {"steps": 16_000, "spread": 0.03, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
     "sprites": {"data": "sprites", "steps": 6000, "temperature": 100.0, "temperature_steps": 1000,
                 "prior": 5.0, "eval_every": 1000},
@@ -457,8 +460,11 @@ def exact(p, cfg, x, traces, noise, weights):
     -T sum_n dq(n)/dl_i = 0). No z_pres is sampled, so no score function is needed; z_where and
     z_what of step i are drawn given that i objects are there, which is the case in all terms
     n >= i, the only ones where they appear: the estimate is unbiased.
+
+    Early in training S / (N + 1) sum_n E_n is added: each count learns to explain the scene, also
+    the one that q has given up. Else a lone digit where only step 2 looks stays two objects.
     """
-    B, T = len(x), weights.temperature
+    B, T, S = len(x), weights.temperature, weights.spread / (cfg.max_steps + 1)
     logits = xp.stack([t.logit for t in traces])                    # (N, B)
     kl = xp.stack([t.kl for t in traces])                           # (N, B)
     ll, back_ll = likelihoods(cfg, x, [t.y for t in traces])        # (N+1, B)  eq.7
@@ -467,13 +473,13 @@ def exact(p, cfg, x, traces, noise, weights):
     E = ll + xp.asarray(log_prior(cfg, weights.C), x.dtype)[:, None]    # (N+1, B)  eq.8
     E[1:] -= xp.cumsum(kl, 0)
     A = q * (E - T * log_q)                                         # (N+1, B)  eq.8
-    loss = -A.sum() / B
+    loss = -(A + S * E).sum() / B
 
     def back(g):
         yes = logistic(logits)                                      # (N, B)
         dlogits = (yes * A[:-1] - (1 - yes) * from_first(A[1:])) / B                # eq.8
-        dkl = from_first(q[1:]) / B                                                 # eq.8
-        dys = back_ll(-q / B)                                                       # eq.7
+        dkl = from_first(q[1:] + S) / B                                             # eq.8
+        dys = back_ll(-(q + S) / B)                                                 # eq.7
         return dlogits, dkl, dys
 
     return loss, back
@@ -573,6 +579,7 @@ def schedule(cfg, step):
     """Weights that move while training."""
     return SimpleNamespace(
         temperature=ramp(step, 0, cfg.temperature_steps, cfg.temperature, 1.0),
+        spread=ramp(step, 0, cfg.spread_steps, cfg.spread, 0.0),
         C=ramp(step, cfg.prior_from, cfg.prior_to, cfg.prior_first, cfg.prior),
         presence=ramp(step, cfg.prior_from, cfg.prior_to, cfg.presence_first, cfg.presence_weight),
         tau=ramp(step, 0, cfg.steps, 1.0, 0.2),
@@ -643,7 +650,7 @@ def infer_scenes(p, cfg, images):
 def score(p, cfg, parts):
     """The paper's metrics over scenes that come in parts (images, counts, boxes or None)."""
     true, found, objects, error, elbo, overlap, pixels = [], [], 0, 0.0, 0.0, 0.0, 0
-    weights = SimpleNamespace(temperature=1.0, C=cfg.prior)
+    weights = SimpleNamespace(temperature=1.0, spread=0.0, C=cfg.prior)
     for images, counts, boxes in parts:
         guess = infer_scenes(p, cfg, images)
         error += float(((guess.recon - images) ** 2).sum())

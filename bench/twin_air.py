@@ -122,7 +122,8 @@ def bounds(cfg, x, out, weights):
 
 def exact(p, cfg, x, out, noise, weights):
     E, log_q, _ = bounds(cfg, x, out, weights)
-    return -(log_q.exp() * (E - weights.temperature * log_q)).sum(0).mean()
+    S = weights.spread / (cfg.max_steps + 1)
+    return -(log_q.exp() * (E - weights.temperature * log_q) + S * E).sum(0).mean()
 
 
 def nvil(p, cfg, x, out, noise, weights):

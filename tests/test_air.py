@@ -26,7 +26,8 @@ def setting(batch=2, seed=13, **changes):
     x = rng.random((batch, air.channels(cfg), cfg.canvas, cfg.canvas))
     noise = vars(air.draw_noise(cfg, batch, seed, 0))
     noise = SimpleNamespace(**{name: a.astype(float) for name, a in noise.items()})
-    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, C=2.0, presence=1.5, tau=0.7)
+    return cfg, p, x, noise, SimpleNamespace(temperature=3.0, spread=0.4, C=2.0, presence=1.5,
+                                                tau=0.7)
 
 
 def gradient(p, cfg, x, noise, weights):
@@ -165,7 +166,10 @@ def test_counts_have_probabilities_that_sum_to_one(rng):
 
 
 def bound_by_enumeration(cfg, x, logits, kl, ys, weights):
-    """Eq. 8 with every presence vector in {0, 1}^N drawn with its probability; mean over scenes."""
+    """Eq. 8 with every presence vector in {0, 1}^N drawn with its probability; mean over scenes.
+
+    A share (`spread`) of what it would be if all counts were as likely comes on top.
+    """
     N, B = logits.shape
     sure = 1 / (1 + np.exp(-logits))
     ll, _ = air.likelihoods(cfg, x, ys)
@@ -179,6 +183,8 @@ def bound_by_enumeration(cfg, x, logits, kl, ys, weights):
         q_z = np.prod([s if yes else 1 - s for yes, s in zip(z, sure, strict=True)], 0)
         total += (q_z * (ll[n] + np.log(prior[n]) - weights.temperature * np.log(q[n])
                          - kl[:n].sum(0))).sum()
+    for n in range(N + 1):
+        total += weights.spread / (N + 1) * (ll[n] + np.log(prior[n]) - kl[:n].sum(0)).sum()
     return total / B
 
 
@@ -190,8 +196,10 @@ def made_up(cfg, x, rng):
                             for logit, k, y in zip(logits, kl, ys, strict=True)]
 
 
-def test_exact_loss_and_its_derivatives_are_those_of_enumeration(rng):
+@pytest.mark.parametrize("spread", [0.0, 0.4])
+def test_exact_loss_and_its_derivatives_are_those_of_enumeration(rng, spread):
     cfg, _, x, _, weights = setting()
+    weights.spread = spread
     logits, kl, ys, traces = made_up(cfg, x, rng)
     loss, back = air.exact(None, cfg, x, traces, None, weights)
 
@@ -212,7 +220,7 @@ def test_exact_loss_and_its_derivatives_are_those_of_enumeration(rng):
 def test_nvil_is_unbiased_for_any_baseline(model, temperature):
     """sum_n q(n) grad_nvil(n) is the exact gradient: n is forced by the uniform numbers."""
     cfg, p, x, noise, weights = setting(batch=1, model=model)
-    weights.temperature = temperature
+    weights.temperature, weights.spread = temperature, 0.0
     want_loss, want = gradient(p, cfg, x, noise, weights)
     traces, _ = air.unroll(p, cfg, x, noise)
     q = np.exp(air.log_posterior(np.stack([t.logit for t in traces])))[:, 0]
@@ -321,7 +329,7 @@ def test_relaxed_presence_becomes_a_decision_as_tau_falls(rng):
 @pytest.mark.parametrize("sure", [-200.0, 200.0])
 def test_gradients_stay_finite_however_sure_presence_is(estimator, sure):
     cfg, p, x, noise, weights = setting(estimator=estimator)
-    p, weights.tau = Params(p.host()), 0.2                          # single precision
+    p, weights.tau, weights.spread = Params(p.host()), 0.2, 0.0     # single precision
     p["head.b"][0] = sure
     single = SimpleNamespace(**{k: a.astype(np.float32) for k, a in vars(noise).items()})
     loss, g = gradient(p, cfg, x.astype(np.float32), single, weights)
@@ -331,10 +339,11 @@ def test_gradients_stay_finite_however_sure_presence_is(estimator, sure):
 # ---------------------------------------------------------------- schedules, noise, scores
 
 def test_schedules_begin_and_end_where_the_config_says():
-    cfg = air.Config(presence_first=0.3, presence_weight=3.0)
+    cfg = air.Config(presence_first=0.3, presence_weight=3.0, spread=0.4)
     first, last = air.schedule(cfg, 0), air.schedule(cfg, cfg.steps)
     assert (first.temperature, first.C, first.tau) == (cfg.temperature, cfg.prior_first, 1)
     assert (last.temperature, last.C, last.tau) == pytest.approx((1, cfg.prior, 0.2))
+    assert (first.spread, air.schedule(cfg, cfg.spread_steps).spread, last.spread) == (0.4, 0, 0)
     assert (first.presence, last.presence) == (cfg.presence_first, cfg.presence_weight) == (0.3, 3)
     assert (first.lr, last.lr) == pytest.approx((cfg.lr, cfg.lr * cfg.lr_floor))
     ends = cfg.temperature_steps, cfg.prior_from, cfg.prior_to

@@ -10,7 +10,7 @@ from common.params import Params
 
 torch = pytest.importorskip("torch")
 
-WEIGHTS = SimpleNamespace(temperature=3.0, C=2.0, presence=1.5, tau=0.7)
+WEIGHTS = SimpleNamespace(temperature=3.0, spread=0.4, C=2.0, presence=1.5, tau=0.7)
 
 
 @pytest.mark.parametrize("data", ["digits", "sprites"])
