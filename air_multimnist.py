@@ -97,7 +97,7 @@ class Config:
 
 
 PRESETS = {
-    "default": {"spread": 0.05},
+    "default": {"steps": 2000, "spread": 0.05},
     "quick": {"steps": 1000, "spread": 0.05, "spread_steps": 600, "test_scenes": 2000},
     "long": {"steps": 16_000, "spread": 0.05, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
