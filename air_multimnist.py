@@ -85,7 +85,7 @@ class Config:
     temperature_steps: int = cli.option(600, "updates until that weight is 1", low=0)
     spread: float = cli.option(0.0, "exact: weight at the start of all counts being likely, S",
                                low=0.0)
-    spread_steps: int = cli.option(1200, "updates until S is 0", low=0)
+    spread_steps: int = cli.option(1500, "updates until S is 0", low=0)
     prior_first: float = cli.option(5.0, "C of eq.1 at the start", low=0.0, high=100.0)
     prior: float = cli.option(10.0, "C of eq.1 at the end: nats that an object must earn",
                               low=0.0, high=100.0)
@@ -97,9 +97,9 @@ class Config:
 
 
 PRESETS = {
-    "default": {"steps": 2000, "spread": 0.05},
-    "quick": {"steps": 1000, "spread": 0.05, "spread_steps": 600, "test_scenes": 2000},
-    "long": {"steps": 16_000, "spread": 0.05, "eval_every": 1000},
+    "default": {"steps": 2000, "spread": 0.1},
+    "quick": {"steps": 1000, "spread": 0.1, "spread_steps": 600, "test_scenes": 2000},
+    "long": {"steps": 16_000, "spread": 0.1, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
     "sprites": {"data": "sprites", "steps": 6000, "temperature": 100.0, "temperature_steps": 1000,
                 "prior": 5.0, "eval_every": 1000},
