@@ -98,7 +98,7 @@ class Config:
 
 PRESETS = {
     "default": {"steps": 2000, "spread": 0.1},
-    "quick": {"steps": 1000, "spread": 0.1, "spread_steps": 600, "test_scenes": 2000},
+    "quick": {"steps": 1000, "spread": 0.1, "spread_steps": 700, "test_scenes": 2000},
     "long": {"steps": 16_000, "spread": 0.1, "eval_every": 1000},
     "dair": {"model": "dair", "steps": 8000, "prior": 25.0, "prior_to": 1500, "eval_every": 500},
     "sprites": {"data": "sprites", "steps": 6000, "temperature": 100.0, "temperature_steps": 1000,
