@@ -31,7 +31,8 @@ Scattered objects over a background, of unknown number, are found one after the 
     eq.23  crop_j = read(x, where_j), how like tint_j its pixels are, read(left_j, where_j)
     eq.24  colour_j(pixel) = sigmoid(tint + shade(pixel)), both from z_j  (`--colours shaded`)
 
-and drawn, ordered and scored by eq.4 to 9, with x_bg behind them all.
+looked at once more from the corrected where_j (`--looks 2`), and drawn, ordered and scored by eq.4
+to 9, with x_bg behind them all.
 
 The paper's own formulation (--preset paper; `paper-small` is the same with narrow networks):
 
