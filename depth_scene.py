@@ -31,7 +31,8 @@ Scattered objects over a background, of unknown number, are found one after the 
     eq.23  crop_j = read(x, where_j), how like tint_j its pixels are, read(left_j, where_j)
     eq.24  colour_j(pixel) = sigmoid(tint + shade(pixel)), both from z_j  (`--colours shaded`)
 
-and drawn, ordered and scored by eq.4 to 9, with x_bg behind them all.
+looked at once more from the corrected where_j (`--looks 2`), and drawn, ordered and scored by eq.4
+to 9, with x_bg behind them all.
 
 The paper's own formulation (--preset paper; `paper-small` is the same with narrow networks):
 
@@ -119,6 +120,7 @@ class Config:
                                        low=1)
     background: int = cli.option(2, "dimensions of the background's code", low=1)
     colours: str = cli.option("flat", "turns: of an object", choices=("flat", "shaded"))
+    looks: int = cli.option(1, "turns: times that an object is looked at", low=1)
     sharp: float = cli.option(2.0, "turns: power of what is unexplained, where to look", low=0.0)
     temperature: float = cli.option(0.3, "paper: of the Gumbel-softmax", low=0.01)
     l1_weight: float = cli.option(10.0, "paper: weight of the positions' L1 term", low=0.0)
@@ -153,7 +155,7 @@ class Config:
 
 PAPER = {"formulation": "paper", "patch": 24, "what": 6, "std_first": 0.01 / 3**0.5,
          "std": 0.01 / 5**0.5, "lr": 5e-4, "lr_floor": 1.0, "warmup": 0, "units": 128,
-         "gamma_first": 0.1, "gamma": 0.1, "gamma_from": 0, "gamma_to": 0}
+         "gamma_first": 0.1, "gamma": 0.1, "gamma_from": 0, "gamma_to": 0, "spread": 0.06}
 TURNS = {"formulation": "turns", "nudge": 0.25, "reach": 0.75, "crop": 32, "patch": 32,
          "encoder": (16, 32, 48), "gamma_from": 300, "gamma_to": 1000, "eval_every": 500,
          "eval_scenes": 250}
@@ -161,14 +163,15 @@ PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "eval_every": 500, "test_scenes": 500},
     "long": {"steps": 20_000, "eval_every": 4000, "eval_scenes": 100, "refine": 100},
-    "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 3000},
+    "sprites": {**TURNS, "data": "sprites", "objects": 4, "steps": 6000, "looks": 2,
+                "batch_size": 16},
     "clevr": {**TURNS, "data": "clevr", "objects": 3, "colours": "shaded", "steps": 4000,
               "sharp": 4.0, "batch_size": 16},
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
-    "paper-small": {**PAPER, "steps": 3000, "canvas": 32, "patch": 16, "l1_cell": 4,
-                    "unet": (16, 24, 32, 32), "maps": (16, 32, 32, 16),
-                    "stages": (16, 24, 32, 48, 48, 64), "std_first": 0.1, "std": 0.05, "lr": 1e-3,
-                    "eval_every": 250},
+    "paper-small": {**PAPER, "steps": 3000, "batch_size": 16, "canvas": 32, "patch": 12,
+                    "l1_cell": 4, "unet": (8, 16, 24, 24), "maps": (16, 32, 16, 8),
+                    "stages": (16, 32, 32, 48), "std_first": 0.1, "std": 0.05, "lr": 1e-3,
+                    "eval_every": 250, "eval_scenes": 250},
 }
 C, GROUPS = 3, 4        # colours; groups of channels that are normalised together
 
@@ -183,10 +186,10 @@ def check(cfg):
         if cfg.formulation == "fast" and cfg.canvas // 2 < 2**len(cfg.trunk):
             raise Fail(f"--trunk halves a scene of {cfg.canvas} pixels too often")
         return
-    if cfg.patch % 8:
-        raise Fail(f"--patch {cfg.patch} must be a multiple of 8")
-    if len(cfg.stages) != 6 or len(cfg.maps) != 4:
-        raise Fail("--stages needs 6 numbers, --maps 4")
+    if len(cfg.stages) % 2 or len(cfg.maps) != 4:
+        raise Fail("--stages needs two numbers for each halving, --maps 4")
+    if cfg.patch % 4 or cfg.patch % 2**(len(cfg.stages) // 2):
+        raise Fail(f"--patch {cfg.patch} cannot be halved twice, and once for two of --stages")
     if len(cfg.unet) < 2 or cfg.canvas < 2**len(cfg.unet):
         raise Fail(f"--unet cannot have {len(cfg.unet)} levels")
     if any(n % GROUPS for n in (*cfg.unet[:-1], *cfg.stages[1::2])):
@@ -278,7 +281,7 @@ def init_object(cfg, arrays, rng, known):
 def init_paper(cfg, arrays, rng):
     """The networks of the paper's Table 5, with group normalisation in place of batch's."""
     J, K, N, M, U = cfg.objects, cfg.what + 1, cfg.canvas, cfg.patch, cfg.units
-    widths, side = (C, *cfg.unet), cfg.patch // 8
+    widths, side = (C, *cfg.unet), cfg.patch // 2**(len(cfg.stages) // 2)
 
     def add(name, n_in, n_out, k, gain=RELU, normed=False):
         add_conv(arrays, rng, name, n_in, n_out, k, gain, normed)
@@ -296,7 +299,7 @@ def init_paper(cfg, arrays, rng):
         add(f"stage.{k}.halve", n_in, n_mid, 3)
         add(f"stage.{k}.mix", n_mid, n_out, 1)
         add(f"stage.{k}.more", n_out, n_out, 1, normed=True)
-    E = inputs[-1] * side * side + J
+    E = inputs[-1] * side * side
     add_layer(arrays, rng, "head", E, 2 * K, OUT, [0.0] * K + [-1.0] * K)
     add_layer(arrays, rng, "object.0", cfg.what, U)
     add_layer(arrays, rng, "object.1", U, cfg.maps[0] * (M // 4) ** 2)
@@ -306,6 +309,7 @@ def init_paper(cfg, arrays, rng):
         arrays[f"grow.{k}.b"] = np.zeros(n_out)
     add("smooth", *cfg.maps[2:], 5)
     add("canvas", cfg.maps[3], C + 1, 1, OUT)
+    arrays["canvas.b"][...] = [1.5] * C + [-1.0]    # bright and thin: what is black loses its alpha
     init_background(cfg, arrays, rng)
 
 
@@ -602,33 +606,37 @@ def error_weight(cfg, weights):
 # ================================================================ one object after the other
 
 def alike(x, y):
-    """How like each other the colours of two pictures are; only looked at, no gradient."""
+    """How like each other the colours of two pictures are; y is only looked at."""
     away = x - y
-    return xp.exp((away * away).sum(1, keepdims=True) * (-0.5 / LIKE**2))
+    like = xp.exp((away * away).sum(1, keepdims=True) * (-0.5 / LIKE**2))
+
+    def back(dlike):
+        return dlike * like * away * (-1 / LIKE**2)
+
+    return like, back
 
 
-def unexplained(x, background, left, uniform, sharp):
+def unexplained(x, unlike, uniform, sharp):
     """Eq. 22: where to look next, and the colour there; uniform=None: the likeliest cell.
 
     Chosen, not computed: no gradient passes.
     """
-    B, N = len(x), x.shape[2]
-    unlike = left * (1 - alike(x, background))                      # (B, 1, N, N)  eq.22
-    error = shrink(unlike, N // A).reshape(B, A * A)                # (B, A*A)  eq.22
+    B, n = len(x), x.shape[2] // A
+    error = shrink(unlike, n).reshape(B, A * A)                     # (B, A*A)  eq.22
     logits = sharp * xp.log(error + 1e-6)                           # (B, A*A)  eq.22
     if uniform is not None:
         logits = logits - xp.log(-xp.log(uniform))
     cell, rows = logits.argmax(1), xp.arange(B)                     # (B,), (B,)  eq.22
-    colours = shrink(x, N // A).reshape(B, C, A * A)                # (B, C, A*A)
-    return xp.asarray(cells(A), x.dtype)[cell], colours[rows, :, cell]
+    there = x.reshape(B, C, A, n, A, n)[rows, :, cell // A, :, cell % A]
+    return xp.asarray(cells(A), x.dtype)[cell], there.mean((2, 3))
 
 
 def examine(p, cfg, x, left, where, tint):
     """What a crop around `where` tells of one object: code, depth and a better `where`."""
     K, G = cfg.what, cfg.crop
     window = window_at(where, cfg.reach)                            # (B, 3)  eq.23
-    crop, _ = read(x, window, G)                                    # (B, C, G, G)  eq.23
-    like = alike(crop, tint[:, :, None, None])                      # (B, 1, G, G)  eq.23
+    crop, back_crop = read(x, window, G)                            # (B, C, G, G)  eq.23
+    like, back_like = alike(crop, tint[:, :, None, None])           # (B, 1, G, G)  eq.23
     free, back_free = read(left, window, G, want_image=True)        # (B, 1, G, G)  eq.23
     seen = xp.concatenate([crop, like, free], 1)                    # (B, C+2, G, G)
     e, back_e = halvings(p, "crop", seen)                           # (B, E)  eq.4
@@ -645,22 +653,33 @@ def examine(p, cfg, x, left, where, tint):
         dh = back_u(du, g)                                                          # eq.4
         dknown = back_h(dh, g)                                                      # eq.4
         dseen = back_e(dknown[:, :-C - 2], g)                                       # eq.4
-        dleft, _ = back_free(dseen[:, -1:])                                         # eq.23
-        return dleft
+        dleft, dwindow = back_free(dseen[:, -1:])                                   # eq.23
+        dcrop = dseen[:, :C] + back_like(dseen[:, C:-1])                            # eq.23
+        _, dwindow_crop = back_crop(dcrop)                                          # eq.23
+        dwindow = dwindow + dwindow_crop                                            # eq.23
+        return dleft, dwhere + dknown[:, -2:] + dwindow[:, 1:]
 
     return u[:, :K], log_std, u[:, 2 * K], where, back
 
 
 def turn(p, cfg, x, left, where, tint, eps):
-    """One object: looked at, coded, drawn on the whole canvas."""
-    mean, log_std, depth, where, back_examine = examine(p, cfg, x, left, where, tint)
+    """One object: looked at, again from where it seems to be; coded, drawn on the whole canvas."""
+    backs = []
+    for _ in range(cfg.looks):
+        mean, log_std, depth, where, back_examine = examine(p, cfg, x, left, where, tint)
+        backs.append(back_examine)
     z, kl, back_z = latent(mean, log_std, eps)                      # (B, K), (B,)  eq.4
     alpha, colour, back_paint = paint(p, cfg, z, where)             # (B, 1, N, N), ...  eq.5, eq.6
 
     def back(dalpha, dcolour, ddepth, dkl, g):
         dz, dwhere = back_paint(dalpha, dcolour, g)                                 # eq.6, eq.5
         dmean, dlog_std = back_z(dz, dkl)                                           # eq.4
-        return back_examine(dmean, dlog_std, ddepth, dwhere, g)
+        dleft = 0
+        for back_examine in reversed(backs):
+            dbefore, dwhere = back_examine(dmean, dlog_std, ddepth, dwhere, g)
+            dleft = dleft + dbefore
+            dmean, dlog_std, ddepth = 0 * dmean, 0 * dlog_std, 0 * ddepth
+        return dleft
 
     return alpha, colour, depth, where, z, kl, back
 
@@ -671,10 +690,11 @@ def turns(p, cfg, x, noise, weights):
     far, far_log_std, back_far = look_behind(p, cfg, x)             # (B, D), (B, D)  eq.13
     z_bg, kl_bg, back_z_bg = latent(far, far_log_std, noise.far)    # (B, D), (B,)  eq.13
     background, back_sky = draw_background(p, cfg, z_bg)            # (B, C, N, N)  eq.13
-    left, found, backs = xp.ones_like(x[:, :1]), [], []
+    unlike = 1 - alike(x, background)[0]                            # (B, 1, N, N)
+    left, found, backs = xp.ones_like(unlike), [], []
     for j in range(cfg.objects):
         uniform = None if noise.uniform is None else noise.uniform[:, j]
-        guess, tint = unexplained(x, background, left, uniform, cfg.sharp)   # (B, 2), (B, C)
+        guess, tint = unexplained(x, left * unlike, uniform, cfg.sharp)     # (B, 2), (B, C)
         *one, back_turn = turn(p, cfg, x, left, guess, tint, noise.what[:, j])
         found.append(one)
         backs.append((left, one[0], back_turn))
@@ -772,22 +792,19 @@ def stage(p, name, x):
 
 
 def recognise(p, cfg, crop):
-    """Mean and log std of z and depth, from the object's crop and its number."""
+    """Mean and log std of z and depth, from the object's crop alone: all objects are read alike."""
     R, K = len(crop), cfg.what + 1
-    number = xp.tile(xp.eye(cfg.objects, dtype=crop.dtype), (R // cfg.objects, 1))  # (R, J)
     h, backs = crop, []
     for k in range(len(cfg.stages) // 2):
         h, back_h = stage(p, f"stage.{k}", h)                       # eq.12
         backs.append(back_h)
     shape = h.shape
-    e = xp.concatenate([h.reshape(R, -1), number], 1)
-    u, back_u = linear(p, "head", e)                                # (R, 2K+2)  eq.12
+    u, back_u = linear(p, "head", h.reshape(R, -1))                 # (R, 2K+2)  eq.12
     log_std, back_clamp = clamp(u[:, K:], -5, 1)                    # (R, K+1)  eq.12
 
     def back(dmean, dlog_std, g):
         dlog_std = back_clamp(dlog_std)                                             # eq.12
-        de = back_u(xp.concatenate([dmean, dlog_std], 1), g)                        # eq.12
-        dh = de[:, :-cfg.objects].reshape(shape)
+        dh = back_u(xp.concatenate([dmean, dlog_std], 1), g).reshape(shape)         # eq.12
         for back_h in reversed(backs):
             dh = back_h(dh, g)                                                      # eq.12
         return dh

@@ -139,8 +139,9 @@ def turns(p, cfg, x, noise, weights):
     background, left, found = draw_background(p, cfg, z_bg), torch.ones_like(x[:, :1]), []
     for j in range(J):
         with torch.no_grad():
-            guess, tint = unexplained(x, background, left, noise.uniform[:, j], cfg.sharp)
-        mean, log_std, depth, where = examine(p, cfg, x, left, guess, tint)
+            where, tint = unexplained(x, background, left, noise.uniform[:, j], cfg.sharp)
+        for _ in range(cfg.looks):
+            mean, log_std, depth, where = examine(p, cfg, x, left, where, tint)
         z, kl_j = sample(mean, log_std, noise.what[:, j])
         alpha, colour = draw(p, cfg, z)
         alpha = resample(alpha, zoom, -where * zoom, N)
@@ -183,14 +184,12 @@ def u_net(p, cfg, x):
 
 
 def recognise(p, cfg, crop):
-    R, J, K = len(crop), cfg.objects, cfg.what + 1
-    h = crop
+    h, K = crop, cfg.what + 1
     for k in range(len(cfg.stages) // 2):
         h = block(p, f"stage.{k}.mix", block(p, f"stage.{k}.halve", h, F.elu, 2), F.elu)
         name = f"stage.{k}.more"
         h = norm(p, name + ".norm", h + F.elu(F.conv2d(h, p[name + ".W"], p[name + ".b"])))
-    number = torch.eye(J).to(crop).repeat(R // J, 1)
-    u = linear(p, "head", torch.cat([h.flatten(1), number], 1))
+    u = linear(p, "head", h.flatten(1))
     return u[:, :K], u[:, K:].clamp(-5, 1)
 
 

@@ -20,7 +20,8 @@ SMALL = {"canvas": 32, "patch": 9, "crop": 8, "what": 3, "trunk": (2, 3), "encod
          "units": 5, "decoder": (4, 6)}
 PAPER = {"formulation": "paper", "patch": 16, "unet": (4, 4, 8), "maps": (3, 4, 4, 3),
          "stages": (4, 4, 4, 8, 4, 4)}
-TURNS = {"formulation": "turns", "data": "sprites", "colours": "shaded", "reach": 0.5, "nudge": 0.3}
+TURNS = {"formulation": "turns", "data": "sprites", "colours": "shaded", "reach": 0.5, "nudge": 0.3,
+         "looks": 2}
 WEIGHTS = SimpleNamespace(std=0.3, gamma=0.7)
 
 
@@ -237,15 +238,16 @@ def test_looks_at_what_is_unexplained(rng):
     x, background = np.zeros((500, 3, 32, 32)), np.zeros((500, 3, 32, 32))
     left = np.ones((500, 1, 32, 32))
     x[:, :, 4, 6], x[:, 1, 20:22, 30], x[:, 1, 20, 31] = 0.8, 0.9, 0.9  # 1 and 3 pixels of 4
-    where, tint = depth.unexplained(x, background, left, None, 1.0)
+    unlike = 1 - depth.alike(x, background)[0]
+    where, tint = depth.unexplained(x, unlike, None, 1.0)
     np.testing.assert_allclose(where, [[15.5 / 8 - 1, 10.5 / 8 - 1]] * 500)
     np.testing.assert_allclose(tint, [[0, 0.675, 0]] * 500)
     left[:, :, 20:22] = 0
-    _, tint = depth.unexplained(x, background, left, None, 1.0)
+    _, tint = depth.unexplained(x, left * unlike, None, 1.0)
     np.testing.assert_allclose(tint, [[0.2, 0.2, 0.2]] * 500)
     uniform = rng.random((500, depth.A**2))
     for sharp, share in ((1.0, 0.75), (2.0, 0.9)):
-        _, tint = depth.unexplained(x, background, np.ones_like(left), uniform, sharp)
+        _, tint = depth.unexplained(x, unlike, uniform, sharp)
         assert abs((tint[:, 0] == 0).mean() - share) < 0.06
 
 
@@ -362,7 +364,7 @@ def test_bad_scene_files_are_told(changes, words, tmp_path):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"crop": 8, "encoder": (4, 4, 4, 4)}, "too small"),
     ({"canvas": 32, "trunk": (4,) * 5}, "too often"),
-    ({**PAPER, "patch": 20}, "multiple of 8"),
+    ({**PAPER, "patch": 20}, "cannot be halved"),
     ({**PAPER, "maps": (4, 4)}, "4"),
     ({**PAPER, "unet": (4,) * 6}, "6 levels"),
     ({**PAPER, "unet": (4, 6, 8)}, "multiples of 4"),

@@ -15,7 +15,7 @@ WEIGHTS = SimpleNamespace(std=0.2, gamma=0.7)
 
 FAST = {"patch": 13, "crop": 12, "what": 5, "trunk": (4, 6, 5), "encoder": (6, 4), "units": 9,
         "decoder": (8, 11)}
-TURNS = {**FAST, "formulation": "turns"}
+TURNS = {**FAST, "formulation": "turns", "looks": 2}
 SHADED = {**TURNS, "colours": "shaded"}
 PAPER = {"formulation": "paper", "patch": 16, "unet": (4, 8, 4, 8), "maps": (5, 4, 6, 3),
          "stages": (4, 8, 4, 4, 8, 4), "units": 9, "temperature": 9.0}
