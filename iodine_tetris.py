@@ -54,7 +54,7 @@ from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
-STEEP = 4.0                                 # how planes lean at first: a sprite is half a unit wide
+STEEP, DISC = 4.0, 0.4      # first edges: how steep, how far from their middle (canvas: -1 to 1)
 LONG, COMPARED = 15, 100    # refinements and scenes of the figures that compare
 VECTORS = ("posterior", "posterior-gradient")
 READERS = {                 # the inputs of eq.5 and eq.6, as the layers that read them find them
@@ -86,8 +86,8 @@ class Config:
                               choices=("separable", "planes", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
     decoder_units: int = cli.option(256, "separable, planes: hidden units", low=1)
-    features: int = cli.option(32, "planes, broadcast: channels", low=1)
-    layers: int = cli.option(4, "planes, broadcast: layers of channels before the last", low=1)
+    features: int = cli.option(32, "planes: edges; broadcast: channels", low=1)
+    layers: int = cli.option(4, "broadcast: convolutions before the last", low=1)
     kernel: int = cli.option(5, "broadcast: side of the kernels", choices=(3, 5))
     refine_features: int = cli.option(16, "channels of the refinement's convolutions", low=1)
     refine_kernel: int = cli.option(3, "side of their kernels", choices=(3, 5))
@@ -129,7 +129,8 @@ PRESETS = {
     "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
                  "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
                  "decoder_lr": 4.0},
-    "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3)},
+    "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3),
+               "decoder": "planes", "sigma": 0.5, "eval_every": 50, "eval_scenes": 40},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
@@ -169,13 +170,13 @@ def init(cfg, seed):
         layer("decode.1", cfg.decoder_units, n + R * (C + 1))
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
     elif cfg.decoder == "planes":
-        F, L = cfg.features, cfg.layers
+        F, turn = cfg.features, np.linspace(0, 2 * np.pi, cfg.features, endpoint=False)
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        layer("decode.1", cfg.decoder_units, 3 * F + 2)
-        arrays["decode.1.b"][:3 * F] = rng.standard_normal(3 * F)
-        for i in range(2, L + 1):
-            kernel(f"decode.{i}", F, F, 1, 1.4)
-        kernel(f"decode.{L + 1}", F, C + 1, 1, 0.5)
+        layer("decode.1", cfg.decoder_units, 2 + 3 * F + (F + 1) * (C + 1), 0.4)
+        lean, lift = np.stack([np.cos(turn), np.sin(turn)], 1), np.full(F, -STEEP * DISC)
+        rest = np.zeros((C + 1, F + 1))
+        rest[C, :F] = -1                                            # inside all edges: its own
+        arrays["decode.1.b"][2:] = np.concatenate([a.ravel() for a in (lean, lift, rest)])
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -252,35 +253,32 @@ def decode_separable(p, cfg, z):
 
 
 def decode_planes(p, cfg, z):
-    """F planes over the canvas, laid by the latent around a place; layers at every pixel read them.
+    """Each layer is a weighed sum of F edges around a place: planes of any slope, squashed.
 
-    A squashed plane is an edge, at any angle: few of them bound a sprite.
+    A few edges bound a sprite, whatever its angle; the latent lays and weighs them.
     """
-    act, last = ACTIVATIONS[cfg.activation], cfg.layers + 1
     N, F, S = len(z), cfg.features, cfg.canvas
     line = xp.linspace(-1, 1, S, dtype=z.dtype)
     grid = xp.stack(xp.meshgrid(line, line, indexing="ij")).reshape(2, -1)      # (2, S*S)
-    h, back_h = dense(p, "decode.0", z, act)                        # (N, V)
-    a, back_a = linear(p, "decode.1", h)                            # (N, 3*F+2)
-    lean, lift = STEEP * a[:, :2 * F].reshape(N, F, 2), a[:, 2 * F:3 * F]   # (N, F, 2), (N, F)
-    place = a[:, 3 * F:, None] / 2                                  # (N, 2, 1)
-    u = gemm(lean, grid - place) + lift[:, :, None]                 # (N, F, S*S)
-    y, back_y = tanh(u.reshape(N, F, S, S))                         # (N, F, S, S)
-    backs = []
-    for i in range(2, last):
-        y, back_i = conv(p, f"decode.{i}", y, act=act)              # (N, F, S, S)
-        backs.append(back_i)
-    y, back_last = conv(p, f"decode.{last}", y)                     # (N, C+1, S, S)
+    h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
+    a, back_a = linear(p, "decode.1", h)                            # (N, ...)
+    place = a[:, :2, None]                                          # (N, 2, 1)
+    lean = STEEP * a[:, 2:2 * F + 2].reshape(N, F, 2)               # (N, F, 2)
+    lift = a[:, 2 * F + 2:3 * F + 2, None]                          # (N, F, 1)
+    edges, back_edges = tanh(gemm(lean, grid - place) + lift)       # (N, F, S*S)
+    w = a[:, 3 * F + 2:].reshape(N, -1, F + 1)                      # (N, C+1, F+1)
+    w, base = w[:, :, :F] / F**0.5, w[:, :, F:]                     # (N, C+1, F), (N, C+1, 1)
+    y = (gemm(w, edges) + base).reshape(N, -1, S, S)                # (N, C+1, S, S)
 
     def back(dy, g):
-        dy = back_last(dy, g)
-        for back_i in reversed(backs):
-            dy = back_i(dy, g)
-        du = back_y(dy).reshape(N, F, -1)                           # (N, F, S*S)
-        dlift = du.sum(2)                                           # (N, F)
-        dlean = gemm(du, grid.T) - dlift[:, :, None] * place.swapaxes(1, 2)     # (N, F, 2)
-        dplace = -(lean * dlift[:, :, None]).sum(1)                 # (N, 2)
-        da = xp.concatenate([STEEP * dlean.reshape(N, -1), dlift, dplace / 2], 1)   # (N, 3*F+2)
+        dy = dy.reshape(*w.shape[:2], -1)                           # (N, C+1, S*S)
+        dw = gemm(dy, edges.swapaxes(1, 2)) / F**0.5                # (N, C+1, F)
+        dw = xp.concatenate([dw, dy.sum(2, keepdims=True)], 2)      # (N, C+1, F+1)
+        du = back_edges(gemm(w.swapaxes(1, 2), dy))                 # (N, F, S*S)
+        dlift = du.sum(2, keepdims=True)                            # (N, F, 1)
+        dlean = gemm(du, grid.T) - dlift * place.swapaxes(1, 2)     # (N, F, 2)
+        dplace = -(lean * dlift).sum(1)                             # (N, 2)
+        da = xp.concatenate([d.reshape(N, -1) for d in (dplace, STEEP * dlean, dlift, dw)], 1)
         dh = back_a(da, g)
         return back_h(dh, g)
 
@@ -486,7 +484,7 @@ def unroll(p, cfg, x, noise, sigma, weights):
         g["start.b"][...] += dlam.sum(0)                                            # eq.1
         back_still(dstill, g)                                                       # eq.5
         if cfg.geco:                                                # the other way: v grows
-            g["geco.b"][...] += (traces[T].log_p - enough(cfg, x, sigma)).mean()    # eq.4
+            g["geco.b"][...] += (traces[T].log_p - enough(cfg, x, sigma)).mean()
         g.flush()
         noted.flush()
         g.flat += noted.flat

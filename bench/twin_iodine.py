@@ -34,14 +34,13 @@ def decode(p, cfg, z):
     line = torch.linspace(-1, 1, S, dtype=z.dtype, device=z.device)
     place = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(N, 2, S, S)
     if cfg.decoder == "planes":
-        a = linear(p, "decode.1", act(linear(p, "decode.0", z)))
-        lean, lift, middle = a.split([2 * cfg.features, cfg.features, 2], 1)
+        edges, a = cfg.features, linear(p, "decode.1", act(linear(p, "decode.0", z)))
+        middle, lean, lift, w = a.split([2, 2 * edges, edges, a.shape[1] - 3 * edges - 2], 1)
         away = place - middle[:, :, None, None] / 2
-        y = torch.tanh(torch.einsum("nfd,ndij->nfij", 4 * lean.reshape(N, -1, 2), away)
-                       + lift[:, :, None, None])
-        for i in range(2, cfg.layers + 1):
-            y = act(conv(p, f"decode.{i}", y))
-        return conv(p, f"decode.{cfg.layers + 1}", y)
+        u = torch.einsum("nfd,ndij->nfij", 4 * lean.reshape(N, -1, 2), away)
+        w = w.reshape(N, -1, edges + 1)
+        y = torch.einsum("nof,nfij->noij", w[:, :, :-1], torch.tanh(u + lift[:, :, None, None]))
+        return y / edges**0.5 + w[:, :, -1:, None]
     y = torch.cat([z[:, :, None, None].expand(-1, -1, S, S), place], 1)
     for i in range(cfg.layers):
         y = act(conv(p, f"decode.{i}", y))
