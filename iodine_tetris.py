@@ -86,6 +86,8 @@ class Config:
                               choices=("separable", "planes", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
     decoder_units: int = cli.option(256, "separable, planes: hidden units", low=1)
+    colours: str = cli.option("edges", "planes: what colours are made of; flat: one for each slot",
+                              choices=("edges", "flat"))
     features: int = cli.option(32, "planes: edges; broadcast: channels", low=1)
     layers: int = cli.option(4, "broadcast: convolutions before the last", low=1)
     kernel: int = cli.option(5, "broadcast: side of the kernels", choices=(3, 5))
@@ -172,11 +174,12 @@ def init(cfg, seed):
     elif cfg.decoder == "planes":
         F, turn = cfg.features, np.linspace(0, 2 * np.pi, cfg.features, endpoint=False)
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        layer("decode.1", cfg.decoder_units, 2 + 3 * F + (F + 1) * (C + 1), 0.4)
+        drawn = F * (C if cfg.colours == "edges" else 0)            # weights that are not of masks
+        layer("decode.1", cfg.decoder_units, 2 + 3 * F + C + drawn + F + 1, 0.4)
         lean, lift = np.stack([np.cos(turn), np.sin(turn)], 1), np.full(F, -STEEP * DISC)
-        rest = np.zeros((C + 1, F + 1))
-        rest[C, :F] = -1                                            # inside all edges: its own
-        arrays["decode.1.b"][2:] = np.concatenate([a.ravel() for a in (lean, lift, rest)])
+        own = np.append(-np.ones(F), 0)                             # where all edges agree
+        parts = lean.ravel(), lift, np.zeros(C + drawn), own
+        arrays["decode.1.b"][2:] = np.concatenate(parts)
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -266,20 +269,24 @@ def decode_planes(p, cfg, z):
     lean = STEEP * a[:, 2:2 * F + 2].reshape(N, F, 2)               # (N, F, 2)
     lift = a[:, 2 * F + 2:3 * F + 2, None]                          # (N, F, 1)
     edges, back_edges = tanh(gemm(lean, grid - place) + lift)       # (N, F, S*S)
-    w = a[:, 3 * F + 2:].reshape(N, -1, F + 1)                      # (N, C+1, F+1)
-    w, base = w[:, :, :F] / F**0.5, w[:, :, F:]                     # (N, C+1, F), (N, C+1, 1)
-    y = (gemm(w, edges) + base).reshape(N, -1, S, S)                # (N, C+1, S, S)
+    flat = channels(cfg) if cfg.colours == "flat" else 0
+    colours = a[:, 3 * F + 2:3 * F + 2 + flat, None]                # (N, ..., 1)
+    w = a[:, 3 * F + 2 + flat:].reshape(N, -1, F + 1)               # (N, ..., F+1)
+    w, base = w[:, :, :F] / F**0.5, w[:, :, F:]                     # (N, ..., F), (N, ..., 1)
+    y = [xp.broadcast_to(colours, (N, flat, S * S)), gemm(w, edges) + base]
+    y = xp.concatenate(y, 1).reshape(N, -1, S, S)                   # (N, C+1, S, S)
 
     def back(dy, g):
-        dy = dy.reshape(*w.shape[:2], -1)                           # (N, C+1, S*S)
-        dw = gemm(dy, edges.swapaxes(1, 2)) / F**0.5                # (N, C+1, F)
-        dw = xp.concatenate([dw, dy.sum(2, keepdims=True)], 2)      # (N, C+1, F+1)
+        dy = dy.reshape(N, -1, S * S)                               # (N, C+1, S*S)
+        dcolours, dy = dy[:, :flat].sum(2), dy[:, flat:]            # (N, ...), (N, ..., S*S)
+        dw = gemm(dy, edges.swapaxes(1, 2)) / F**0.5                # (N, ..., F)
+        dw = xp.concatenate([dw, dy.sum(2, keepdims=True)], 2)      # (N, ..., F+1)
         du = back_edges(gemm(w.swapaxes(1, 2), dy))                 # (N, F, S*S)
         dlift = du.sum(2, keepdims=True)                            # (N, F, 1)
         dlean = gemm(du, grid.T) - dlift * place.swapaxes(1, 2)     # (N, F, 2)
         dplace = -(lean * dlift).sum(1)                             # (N, 2)
-        da = xp.concatenate([d.reshape(N, -1) for d in (dplace, STEEP * dlean, dlift, dw)], 1)
-        dh = back_a(da, g)
+        parts = dplace, STEEP * dlean, dlift, dcolours, dw
+        dh = back_a(xp.concatenate([d.reshape(N, -1) for d in parts], 1), g)
         return back_h(dh, g)
 
     return y, back
