@@ -36,9 +36,9 @@ def decode(p, cfg, z):
     if cfg.decoder == "planes":
         edges, a = cfg.features, linear(p, "decode.1", act(linear(p, "decode.0", z)))
         middle, lean, lift, w = a.split([2, 2 * edges, edges, a.shape[1] - 3 * edges - 2], 1)
-        away = place - middle[:, :, None, None] / 2
+        away = place - middle[:, :, None, None]
         u = torch.einsum("nfd,ndij->nfij", 4 * lean.reshape(N, -1, 2), away)
-        flat = 3 - 2 * (cfg.data in ("binary", "shapes")) if cfg.colours == "flat" else 0
+        flat = w.shape[1] - edges - 1 if cfg.colours == "flat" else 0
         w, colours = w[:, flat:].reshape(N, -1, edges + 1), w[:, :flat, None, None]
         y = torch.einsum("nof,nfij->noij", w[:, :, :-1], torch.tanh(u + lift[:, :, None, None]))
         return torch.cat([colours.expand(-1, -1, S, S), y / edges**0.5 + w[:, :, -1:, None]], 1)
