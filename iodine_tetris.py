@@ -21,15 +21,17 @@ the refinement reads is a fact, and lambda^t = lambda^0 + the sum of the steps i
 differentiate: eq.2 and eq.3 then see a single backward pass, the one in the forward pass.
 
 Departures from the paper, each a flag (`--preset paper` has none of them):
-the decoder is separable, not a broadcast decoder of convolutions; sigma begins large and falls;
-the refinement's last image is flattened, not averaged; inputs are differentiated as in `steps`.
+the decoder is separable, or of planes, not a broadcast decoder of convolutions; sigma begins large
+and falls; the refinement's last image is flattened, not averaged; inputs are differentiated as in
+`steps`.
 With `--geco` v is learned: it grows while log p is not what was asked for.
 Always: gradients by the mask's logits instead of the mask, as the released code has it; two waves
 along each axis beside the constant as coordinates; layer normalisation without gain and offset.
 
 Dimension key: B batch, K slots, N = B K, T refinements, C channels, S canvas side, Z latents,
-F broadcast decoder's features, V separable decoder's units, R its rank, M = 2 C + 6 maps that the
-refinement reads, Q features of its convolutions, s their side after the first, U its hidden units.
+F features (broadcast decoder) or edges (planes), V hidden units of the others, R rank of the
+separable decoder, M = 2 C + 6 maps that the refinement reads, Q features of its convolutions, s their
+side after the first, U its hidden units.
 """
 
 from dataclasses import dataclass, replace
