@@ -30,8 +30,8 @@ along each axis beside the constant as coordinates; layer normalisation without 
 
 Dimension key: B batch, K slots, N = B K, T refinements, C channels, S canvas side, Z latents,
 F features (broadcast decoder) or edges (planes), V hidden units of the others, R rank of the
-separable decoder, M = 2 C + 6 maps that the refinement reads, Q features of its convolutions, s their
-side after the first, U its hidden units.
+separable decoder, M = 2 C + 6 maps that the refinement reads, Q features of its convolutions, s
+their side after the first, U its hidden units.
 """
 
 from dataclasses import dataclass, replace

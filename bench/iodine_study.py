@@ -4,15 +4,17 @@
     python -m bench.iodine_study probe pca          some of them
     ... --weights FILE --out DIR                    of other weights; where pictures go
     ... vae --weights FILE --vae FILE               beside a VAE's (vae_scenes.py, multi-dSprites)
+    ... places --weights FILE                       the ARI of places alone, on the weights' data
 
     probe        an object's factors from its slot's latent, by a linear map          (Fig. 5)
     traversals   one dimension of one slot's latent at a time                         (Fig. 6)
     ambiguous    pictures with several right answers, read again and again            (Fig. 10)
     pca          latents of objects on their first two principal components           (Fig. 25)
     vae          factors of three objects, from their slots and from a VAE's one vector (Fig. 5)
+    places       k-means of the lit pixels' coordinates, told how many objects there are
 
-Each writes NAME.png and appends a record to study.jsonl. Scenes for learning the linear maps are of
-the validation stream, those that score them of the test stream.
+Each but the last writes NAME.png, all append a record to study.jsonl. Scenes for learning the
+linear maps are of the validation stream, those that score them of the test stream.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from bench.results import machine
 from common import cli, shapes
 from common.backend import to_device, to_host
 from common.errors import Fail
+from common.metrics import adjusted_rand_index
 from common.ops import linear
 from common.optim import Optimiser
 from common.params import Params, fitting
@@ -166,6 +169,27 @@ def read_scenes(q, other, cfg, seed, total):
     ranked = [{name: a[np.arange(total), k] for name, a in names.items()}
               for k in np.argsort(-drawn.sizes, 1).T]
     return to_host(z), ranked
+
+
+def places(cfg, starts=5):
+    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods."""
+    drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
+    lit = (drawn.images - iodine.ground(cfg, drawn.images) != 0).any(1)
+    owners = np.zeros(lit.shape, int)
+    for own, pixels, count in zip(owners, lit, drawn.counts, strict=True):
+        at = np.argwhere(pixels).astype(float)
+        own[pixels] = min((k_means(at, count, rng) for _ in range(starts)), key=lambda r: r[0])[1]
+    return {"ari_foreground": float(adjusted_rand_index(drawn.masks, owners).mean())}
+
+
+def k_means(at, count, rng, rounds=30):
+    """Squared distances to the nearest of `count` means, summed; and which one is nearest."""
+    means = at[rng.choice(len(at), count, replace=False)]
+    for _ in range(rounds):
+        nearest = ((at[:, None] - means) ** 2).sum(2).argmin(1)
+        means = np.array([at[nearest == k].mean(0) if (nearest == k).any() else means[k]
+                          for k in range(count)])
+    return ((at - means[nearest]) ** 2).sum(), nearest
 
 
 def pca(p, cfg, path):
@@ -311,16 +335,21 @@ def study(names, weights, out, vae=None):
     p = fitting(arrays, iodine.init(cfg, 0))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        yield {"study": name, "weights": str(weights), "trained_on": cfg.data,
-               **(beside_vae(p, cfg, out / "vae.png", vae) if name == "vae" else
-                  STUDIES[name](p, cfg, out / f"{name}.png"))}
+        if name == "places":
+            found = places(cfg)
+        elif name == "vae":
+            found = beside_vae(p, cfg, out / "vae.png", vae)
+        else:
+            found = STUDIES[name](p, cfg, out / f"{name}.png")
+        yield {"study": name, "weights": str(weights), "trained_on": cfg.data, **found}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "vae", []], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)} (default: all of these), vae")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "vae", "places", []],
+                        metavar="STUDY",
+                        help=f"{', '.join(STUDIES)} (default: all of these), vae, places")
     parser.add_argument("--vae", type=Path, help="weights of vae_scenes.py")
     parser.add_argument("--weights", type=Path, default=Path("results/iodine_tetris/weights.npz"))
     parser.add_argument("--out", type=Path, default=Path("runs/iodine_tetris/study"))

@@ -166,6 +166,15 @@ def test_slots_beside_a_vae(model, tmp_path):
         study.beside_vae(p, replace(cfg, canvas=48), tmp_path / "vae.png", tmp_path / "vae.npz")
 
 
+def test_places_alone_part_what_lies_apart(monkeypatch, rng):
+    at = np.concatenate([rng.normal(c, 0.5, (40, 2)) for c in (0, 9, 30)])
+    error, nearest = min((study.k_means(at, 3, rng) for _ in range(5)), key=lambda r: r[0])
+    assert sorted(np.bincount(nearest)) == [40, 40, 40] and error < 120
+    monkeypatch.setattr(study, "SCENES", (4, 4))
+    cfg = iodine.Config(data="binary", canvas=32, objects=(1,))
+    assert study.places(cfg) == {"ari_foreground": 1.0}
+
+
 def test_the_studies_from_the_command_line(model, tmp_path, capsys):
     p, cfg = model()
     save_weights(tmp_path / "w.npz", p.host(), cfg, about=cfg.data)
