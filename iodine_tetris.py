@@ -135,7 +135,7 @@ PRESETS = {
                  "decoder_lr": 4.0},
     "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3),
                "decoder": "planes", "sigma": 0.5, "eval_every": 50, "eval_scenes": 40},
-    "shapes": {"steps": 1500, "data": "shapes", "canvas": 28, "decoder": "planes", "sigma": 0.5,
+    "shapes": {"steps": 3500, "data": "shapes", "canvas": 28, "decoder": "planes", "sigma": 0.5,
                "eval_every": 100, "eval_scenes": 40},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
