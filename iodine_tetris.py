@@ -9,7 +9,7 @@ iteration. The model, with the numbers that tag the lines (forward and backward 
     eq.1   q(z_k | x) = N(mean_k, std_k^2), lambda_k = (mean_k, log std_k); lambda^0 is learned
     eq.2   (mu_k, l_k) = decode(z_k), masks m_k = softmax_k(l_k)         what, and where
     eq.3   p(x | z) = prod_i sum_k m_ik N(x_i; mu_ik, sigma^2)           each pixel has one owner
-    eq.4   L = sum_k KL(q(z_k | x) || N(0, 1)) - log p(x | z)            minus the bound
+    eq.4   L = sum_k KL(q(z_k | x) || N(0, 1)) - v log p(x | z)          minus the bound; v = 1
     eq.5   a_k = (x, mu_k, l_k, m_k, posterior of the mask, LN dL/dmu_k, LN dL/dl_k,
                   LN log p(x | z), LN log p(x | z without k), coordinates)
     eq.6   lambda_k <- lambda_k + refine(a_k, lambda_k, LN dL/dlambda_k)
@@ -21,14 +21,17 @@ the refinement reads is a fact, and lambda^t = lambda^0 + the sum of the steps i
 differentiate: eq.2 and eq.3 then see a single backward pass, the one in the forward pass.
 
 Departures from the paper, each a flag (`--preset paper` has none of them):
-the decoder is separable, not a broadcast decoder of convolutions; sigma begins large and falls;
-the refinement's last image is flattened, not averaged; inputs are differentiated as in `steps`.
+the decoder is separable, or of planes, not a broadcast decoder of convolutions; sigma begins large
+and falls; the refinement's last image is flattened, not averaged; inputs are differentiated as in
+`steps`.
+With `--geco` v is learned: it grows while log p is not what was asked for.
 Always: gradients by the mask's logits instead of the mask, as the released code has it; two waves
 along each axis beside the constant as coordinates; layer normalisation without gain and offset.
 
 Dimension key: B batch, K slots, N = B K, T refinements, C channels, S canvas side, Z latents,
-F broadcast decoder's features, V separable decoder's units, R its rank, M = 2 C + 6 maps that the
-refinement reads, Q features of its convolutions, s their side after the first, U its hidden units.
+F features (broadcast decoder) or edges (planes), V hidden units of the others, R rank of the
+separable decoder, M = 2 C + 6 maps that the refinement reads, Q features of its convolutions, s
+their side after the first, U its hidden units.
 """
 
 from dataclasses import dataclass, replace
@@ -45,7 +48,7 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
+from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm, tanh
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.processes import is_root, share
@@ -53,6 +56,7 @@ from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
+STEEP, DISC = 4.0, 0.4      # first edges: how steep, how far from their middle (canvas: -1 to 1)
 LONG, COMPARED = 15, 100    # refinements and scenes of the figures that compare
 VECTORS = ("posterior", "posterior-gradient")
 READERS = {                 # the inputs of eq.5 and eq.6, as the layers that read them find them
@@ -80,10 +84,13 @@ class Config:
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
     latents: int = cli.option(64, "dimensions of z_k", low=1)
     decoder: str = cli.option("separable", "separable: products of row and column profiles; "
-                              "broadcast: the paper's", choices=("separable", "broadcast"))
+                              "planes: edges that the latent lays; broadcast: the paper's",
+                              choices=("separable", "planes", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
-    decoder_units: int = cli.option(256, "separable: hidden units", low=1)
-    features: int = cli.option(32, "broadcast: channels", low=1)
+    decoder_units: int = cli.option(256, "separable, planes: hidden units", low=1)
+    colours: str = cli.option("edges", "planes: what colours are made of; flat: one for each slot",
+                              choices=("edges", "flat"))
+    features: int = cli.option(32, "planes: edges; broadcast: channels", low=1)
     layers: int = cli.option(4, "broadcast: convolutions before the last", low=1)
     kernel: int = cli.option(5, "broadcast: side of the kernels", choices=(3, 5))
     refine_features: int = cli.option(16, "channels of the refinement's convolutions", low=1)
@@ -101,6 +108,9 @@ class Config:
                                    low=0.0, high=1.0)
     sigma_to: float = cli.option(0.95, "share of the updates after which it has arrived",
                                  low=0.0, high=1.0)
+    geco: float = cli.option(0.0, "squared error of a pixel at which KL and likelihood weigh the "
+                             "same; above it the likelihood gains weight, below it loses (0: off)",
+                             low=0.0)
     backprop: str = cli.option("steps", "all: as the paper; steps: what the refinement reads is a "
                                "fact, only the sum of its steps is differentiated",
                                choices=("steps", "all"))
@@ -123,7 +133,10 @@ PRESETS = {
     "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
                  "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
                  "decoder_lr": 4.0},
-    "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3)},
+    "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3),
+               "decoder": "planes", "sigma": 0.5, "eval_every": 50, "eval_scenes": 40},
+    "shapes": {"steps": 3500, "data": "shapes", "canvas": 28, "decoder": "planes", "sigma": 0.5,
+               "eval_every": 100, "eval_scenes": 40},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
@@ -162,6 +175,15 @@ def init(cfg, seed):
         R, n = cfg.rank, 2 * cfg.rank * S                           # profiles, then colours
         layer("decode.1", cfg.decoder_units, n + R * (C + 1))
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
+    elif cfg.decoder == "planes":
+        F, turn = cfg.features, np.linspace(0, 2 * np.pi, cfg.features, endpoint=False)
+        layer("decode.0", Z, cfg.decoder_units, 1.4)
+        drawn = F * (C if cfg.colours == "edges" else 0)            # weights that are not of masks
+        layer("decode.1", cfg.decoder_units, 2 + 3 * F + C + drawn + F + 1, 0.4)
+        lean, lift = np.stack([np.cos(turn), np.sin(turn)], 1), np.full(F, -STEEP * DISC)
+        own = np.append(-np.ones(F), 0)                             # where all edges agree
+        parts = lean.ravel(), lift, np.zeros(C + drawn), own
+        arrays["decode.1.b"][2:] = np.concatenate(parts)
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -180,6 +202,8 @@ def init(cfg, seed):
         weight("refine.lstm.h", (U, 4 * U), U, 1.0, None)
     layer("refine.step", U + 4 * Z, 2 * Z, 0.1)
     arrays["start.b"] = np.zeros(2 * Z)                             # lambda^0 begins as N(0, 1)
+    if cfg.geco:
+        arrays["geco.b"] = np.zeros(1)                              # log v of eq.4
     return unread(cfg, arrays)
 
 
@@ -235,6 +259,43 @@ def decode_separable(p, cfg, z):
     return y, back
 
 
+def decode_planes(p, cfg, z):
+    """Each layer is a weighed sum of F edges around a place: planes of any slope, squashed.
+
+    A few edges bound a sprite, whatever its angle; the latent lays and weighs them.
+    """
+    N, F, S = len(z), cfg.features, cfg.canvas
+    line = xp.linspace(-1, 1, S, dtype=z.dtype)
+    grid = xp.stack(xp.meshgrid(line, line, indexing="ij")).reshape(2, -1)      # (2, S*S)
+    h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
+    a, back_a = linear(p, "decode.1", h)                            # (N, ...)
+    place = a[:, :2, None]                                          # (N, 2, 1)
+    lean = STEEP * a[:, 2:2 * F + 2].reshape(N, F, 2)               # (N, F, 2)
+    lift = a[:, 2 * F + 2:3 * F + 2, None]                          # (N, F, 1)
+    edges, back_edges = tanh(gemm(lean, grid - place) + lift)       # (N, F, S*S)
+    flat = channels(cfg) if cfg.colours == "flat" else 0
+    colours = a[:, 3 * F + 2:3 * F + 2 + flat, None]                # (N, ..., 1)
+    w = a[:, 3 * F + 2 + flat:].reshape(N, -1, F + 1)               # (N, ..., F+1)
+    w, base = w[:, :, :F] / F**0.5, w[:, :, F:]                     # (N, ..., F), (N, ..., 1)
+    y = [xp.broadcast_to(colours, (N, flat, S * S)), gemm(w, edges) + base]
+    y = xp.concatenate(y, 1).reshape(N, -1, S, S)                   # (N, C+1, S, S)
+
+    def back(dy, g):
+        dy = dy.reshape(N, -1, S * S)                               # (N, C+1, S*S)
+        dcolours, dy = dy[:, :flat].sum(2), dy[:, flat:]            # (N, ...), (N, ..., S*S)
+        dw = gemm(dy, edges.swapaxes(1, 2)) / F**0.5                # (N, ..., F)
+        dw = xp.concatenate([dw, dy.sum(2, keepdims=True)], 2)      # (N, ..., F+1)
+        du = back_edges(gemm(w.swapaxes(1, 2), dy))                 # (N, F, S*S)
+        dlift = du.sum(2, keepdims=True)                            # (N, F, 1)
+        dlean = gemm(du, grid.T) - dlift * place.swapaxes(1, 2)     # (N, F, 2)
+        dplace = -(lean * dlift).sum(1)                             # (N, 2)
+        parts = dplace, STEEP * dlean, dlift, dcolours, dw
+        dh = back_a(xp.concatenate([d.reshape(N, -1) for d in parts], 1), g)
+        return back_h(dh, g)
+
+    return y, back
+
+
 def decode_broadcast(p, cfg, z):
     """The paper's: the latent at every pixel, beside the pixel's coordinates; then convolutions."""
     act, last = ACTIVATIONS[cfg.activation], f"decode.{cfg.layers}"
@@ -256,7 +317,7 @@ def decode_broadcast(p, cfg, z):
     return y, back
 
 
-DECODERS = {"separable": decode_separable, "broadcast": decode_broadcast}
+DECODERS = {"separable": decode_separable, "planes": decode_planes, "broadcast": decode_broadcast}
 
 
 # ================================================================ the bound, and its pullback
@@ -270,9 +331,12 @@ def bound(p, cfg, x, lam, eps, sigma):
     pixels = mixture(x, y.reshape(B, -1, *y.shape[1:]), sigma, cfg.components)      # eq.3
     kl = kl.reshape(B, -1).sum(1)                                   # (B,)
     log_p = pixels.log_p.sum((1, 2))                                # (B,)
-    slope = pixels.slope.reshape(y.shape)                           # (N, C+1, S, S)  eq.3
-    found = SimpleNamespace(bound=kl - log_p, kl=kl, lam=lam, y=y, slope=slope, pixels=pixels,
-                            sigma=sigma)                            # eq.4
+    slope, v = pixels.slope.reshape(y.shape), 1.0                   # (N, C+1, S, S)  eq.3
+    if cfg.geco:
+        v = xp.exp(p["geco.b"])                                     # eq.4
+        slope = v * slope                                           # (N, C+1, S, S)  eq.3
+    found = SimpleNamespace(bound=kl - v * log_p, elbo=log_p - kl, log_p=log_p, kl=kl, lam=lam, y=y,
+                            slope=slope, pixels=pixels, sigma=sigma)    # eq.4
 
     def back(dbound, dy, g):
         """dbound: a number, of each scene's L; dy: what the decodes receive from being read."""
@@ -430,11 +494,19 @@ def unroll(p, cfg, x, noise, sigma, weights):
             dlam, dstill = dlam + w * found.dlam, dstill + dstill_t
         g["start.b"][...] += dlam.sum(0)                                            # eq.1
         back_still(dstill, g)                                                       # eq.5
+        if cfg.geco:                                                # the other way: v grows
+            g["geco.b"][...] += (traces[T].log_p - enough(cfg, x, sigma)).mean()
         g.flush()
         noted.flush()
         g.flat += noted.flat
 
     return traces, back
+
+
+def enough(cfg, x, sigma):
+    """GECO: log p of a scene whose pixels have the squared error that is asked for."""
+    one = cfg.geco / (2 * sigma**2) + np.log(sigma) + 0.5 * np.log(2 * np.pi)
+    return -one * (x.size // len(x))
 
 
 def objective(p, cfg, x, noise, weights):
@@ -492,8 +564,8 @@ def infer_scenes(p, cfg, images, key=0):
     lam = np.stack([to_host(t.lam).reshape(*shape, -1) for t in traces])    # (T+1, B, K, 2*Z)
     means = y[:, :, :, :C] + black[:, None]                         # (T+1, B, K, C, S, S)
     recon = (masks[:, :, :, None] * means).sum(2)                   # (T+1, B, C, S, S)
-    bound, kl = (np.stack([to_host(getattr(t, name)) for t in traces]) for name in ("bound", "kl"))
-    return SimpleNamespace(lam=lam, masks=masks, means=means, recon=recon, elbo=-bound, kl=kl,
+    elbo, kl = (np.stack([to_host(getattr(t, name)) for t in traces]) for name in ("elbo", "kl"))
+    return SimpleNamespace(lam=lam, masks=masks, means=means, recon=recon, elbo=elbo, kl=kl,
                            owners=masks.argmax(2))
 
 

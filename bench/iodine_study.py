@@ -3,14 +3,18 @@
     python -m bench.iodine_study                    all four, of the committed weights
     python -m bench.iodine_study probe pca          some of them
     ... --weights FILE --out DIR                    of other weights; where pictures go
+    ... vae --weights FILE --vae FILE               beside a VAE's (vae_scenes.py, multi-dSprites)
+    ... places --weights FILE                       the ARI of places alone, on the weights' data
 
     probe        an object's factors from its slot's latent, by a linear map          (Fig. 5)
     traversals   one dimension of one slot's latent at a time                         (Fig. 6)
     ambiguous    pictures with several right answers, read again and again            (Fig. 10)
     pca          latents of objects on their first two principal components           (Fig. 25)
+    vae          factors of three objects, from their slots and from a VAE's one vector (Fig. 5)
+    places       k-means of the lit pixels' coordinates, told how many objects there are
 
-Each writes NAME.png and appends a record to study.jsonl. Scenes for learning the linear maps are of
-the validation stream, those that score them of the test stream.
+Each but the last writes NAME.png, all append a record to study.jsonl. Scenes for learning the
+linear maps are of the validation stream, those that score them of the test stream.
 """
 
 import argparse
@@ -18,10 +22,12 @@ import json
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import iodine_tetris as iodine  # before NumPy: common.backend sets threads
+import vae_scenes
 
 # isort: split
 import numpy as np
@@ -30,6 +36,7 @@ from bench.results import machine
 from common import cli, shapes
 from common.backend import to_device, to_host
 from common.errors import Fail
+from common.metrics import adjusted_rand_index
 from common.ops import linear
 from common.optim import Optimiser
 from common.params import Params, fitting
@@ -130,6 +137,59 @@ def probe(p, cfg, path):
               "of another object's latent": told(z[blind, :Z], known, z_there[:, :Z], true)}
     latents.bars(path, shares, "accuracy, or R² (x, y, size)")
     return {"objects": len(true["shape"]), **next(iter(shares.values()))}
+
+
+def beside_vae(p, cfg, path, weights):
+    """The paper's comparison: a VAE's scene must tell the factors of the largest object, the second
+    and the third; a slot those of its own object."""
+    config, arrays, _ = load_weights(weights)
+    other = cli.from_dict(vae_scenes.Config, config, weights)
+    if (cfg.data, cfg.canvas) != (other.data, other.canvas):
+        raise Fail(f"{weights} was trained on other scenes: {other.data}, canvas {other.canvas}")
+    q, cfg = fitting(arrays, vae_scenes.init(other, 0)), replace(cfg, objects=(3,))
+    sets = [*zip((iodine.VALIDATION, iodine.TEST), SCENES, strict=True)]
+    (lam, known), (there, true) = (read_objects(p, cfg, *part) for part in sets)
+    Z = cfg.latents
+    own = told(lam[:, :Z], targets(cfg, known), there[:, :Z], targets(cfg, true))
+    (z, known), (there, true) = (read_scenes(q, other, cfg, *part) for part in sets)
+    ranks = [told(z, targets(cfg, a), there, targets(cfg, b))
+             for a, b in zip(known, true, strict=True)]
+    whole = {name: float(np.mean([shares[name] for shares in ranks])) for name in own}
+    latents.bars(path, {"the object's slot": own, "a VAE's scene": whole},
+                 "accuracy, or R² (colour, x, y, size)")
+    return {"vae": str(weights), **own, **{f"{name}, vae": v for name, v in whole.items()}}
+
+
+def read_scenes(q, other, cfg, seed, total):
+    """The VAE's mean of each scene, and the factors of its objects from the largest down."""
+    drawn = iodine.draw_scenes(cfg, seed, 0, total)
+    z = vae_scenes.encode(q, other, to_device(drawn.images))[0]
+    names = {"shape": drawn.kinds, "colour": drawn.colours, "centre": drawn.centres,
+             "size": drawn.sizes}
+    ranked = [{name: a[np.arange(total), k] for name, a in names.items()}
+              for k in np.argsort(-drawn.sizes, 1).T]
+    return to_host(z), ranked
+
+
+def places(cfg, starts=5):
+    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods."""
+    drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
+    lit = (drawn.images - iodine.ground(cfg, drawn.images) != 0).any(1)
+    owners = np.zeros(lit.shape, int)
+    for own, pixels, count in zip(owners, lit, drawn.counts, strict=True):
+        at = np.argwhere(pixels).astype(float)
+        own[pixels] = min((k_means(at, count, rng) for _ in range(starts)), key=lambda r: r[0])[1]
+    return {"ari_foreground": float(adjusted_rand_index(drawn.masks, owners).mean())}
+
+
+def k_means(at, count, rng, rounds=30):
+    """Squared distances to the nearest of `count` means, summed; and which one is nearest."""
+    means = at[rng.choice(len(at), count, replace=False)]
+    for _ in range(rounds):
+        nearest = ((at[:, None] - means) ** 2).sum(2).argmin(1)
+        means = np.array([at[nearest == k].mean(0) if (nearest == k).any() else means[k]
+                          for k in range(count)])
+    return ((at - means[nearest]) ** 2).sum(), nearest
 
 
 def pca(p, cfg, path):
@@ -268,29 +328,38 @@ def as_owners(pieces, side=7):
 STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca}
 
 
-def study(names, weights, out):
+def study(names, weights, out, vae=None):
     """Run the analyses; their records."""
     config, arrays, _ = load_weights(weights)
     cfg = cli.from_dict(iodine.Config, config, weights)
     p = fitting(arrays, iodine.init(cfg, 0))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        yield {"study": name, "weights": str(weights), "trained_on": cfg.data,
-               **STUDIES[name](p, cfg, out / f"{name}.png")}
+        if name == "places":
+            found = places(cfg)
+        elif name == "vae":
+            found = beside_vae(p, cfg, out / "vae.png", vae)
+        else:
+            found = STUDIES[name](p, cfg, out / f"{name}.png")
+        yield {"study": name, "weights": str(weights), "trained_on": cfg.data, **found}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)} (default: all)")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "vae", "places", []],
+                        metavar="STUDY",
+                        help=f"{', '.join(STUDIES)} (default: all of these), vae, places")
+    parser.add_argument("--vae", type=Path, help="weights of vae_scenes.py")
     parser.add_argument("--weights", type=Path, default=Path("results/iodine_tetris/weights.npz"))
     parser.add_argument("--out", type=Path, default=Path("runs/iodine_tetris/study"))
     args = parser.parse_args(argv)
+    if ("vae" in args.studies) != (args.vae is not None):
+        parser.error("vae needs --vae FILE, and nothing else does")
     command = shlex.join(["python", "-m", "bench.iodine_study",
                           *(sys.argv[1:] if argv is None else argv)])
     try:
-        for record in study(args.studies or STUDIES, args.weights, args.out):
+        for record in study(args.studies or STUDIES, args.weights, args.out, args.vae):
             print(json.dumps(record), flush=True)
             with open(args.out / "study.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({**record, "machine": machine(), "command": command}) + "\n")

@@ -3,6 +3,7 @@
     python -m bench.iodine_sweep iterations     1, 2, 4, 6 refinements in training        (Fig. 8)
     python -m bench.iodine_sweep slots          3, 4, 5, 6 slots in training              (Fig. 9)
     python -m bench.iodine_sweep inputs         one input of the refinement less          (Fig. 34)
+    python -m bench.iodine_sweep geco           the likelihood's weight, fixed or learned
     ... --steps N --seeds 0 1 2                 longer, with other seeds
 
 All else is the default configuration. Stop it and start it again as you like: runs lie in
@@ -31,10 +32,11 @@ RESULTS, RUNS = Path("results/iodine_tetris"), Path("runs/iodine_tetris/sweep")
 SWEEPS = {
     "iterations": {f"T = {n}": {"iterations": n} for n in (1, 2, 4, 6)},
     "slots": {f"K = {n}": {"slots": n} for n in (3, 4, 5, 6)},
+    "geco": {"v = 1": {}} | {f"GECO, {error}": {"geco": error} for error in (0.02, 0.005)},
     "inputs": {"all inputs": {}} | {f"no {name}": {"without": (name,)} for name in iodine.INPUTS},
 }
 TESTS = {                   # (objects, slots) at test; None: as in training
-    "iterations": {"": (3, None)}, "inputs": {"": (3, None)},
+    "iterations": {"": (3, None)}, "inputs": {"": (3, None)}, "geco": {"": (3, None)},
     "slots": {"3 objects in 4 slots": (3, 4), "5 objects in 6 slots": (5, 6)},
 }
 FIELDS = [("ari_foreground", "foreground ARI"), ("mse", "squared error per pixel"),

@@ -33,6 +33,15 @@ def decode(p, cfg, z):
                             columns.reshape(N, R, S))
     line = torch.linspace(-1, 1, S, dtype=z.dtype, device=z.device)
     place = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(N, 2, S, S)
+    if cfg.decoder == "planes":
+        edges, a = cfg.features, linear(p, "decode.1", act(linear(p, "decode.0", z)))
+        middle, lean, lift, w = a.split([2, 2 * edges, edges, a.shape[1] - 3 * edges - 2], 1)
+        away = place - middle[:, :, None, None]
+        u = torch.einsum("nfd,ndij->nfij", 4 * lean.reshape(N, -1, 2), away)
+        flat = w.shape[1] - edges - 1 if cfg.colours == "flat" else 0
+        w, colours = w[:, flat:].reshape(N, -1, edges + 1), w[:, :flat, None, None]
+        y = torch.einsum("nof,nfij->noij", w[:, :, :-1], torch.tanh(u + lift[:, :, None, None]))
+        return torch.cat([colours.expand(-1, -1, S, S), y / edges**0.5 + w[:, :, -1:, None]], 1)
     y = torch.cat([z[:, :, None, None].expand(-1, -1, S, S), place], 1)
     for i in range(cfg.layers):
         y = act(conv(p, f"decode.{i}", y))

@@ -28,6 +28,8 @@ SETTINGS = {
     "leaky, lstm": {"activation": "leaky", "lstm": True},
     "broadcast, logistic, average": {"decoder": "broadcast", "components": "logistic",
                                      "pool": "average"},
+    "planes": {"decoder": "planes"},
+    "flat planes": {"decoder": "planes", "colours": "flat"},
     "composite": {"components": "composite"},
 }
 settings = pytest.mark.parametrize("name", SETTINGS)
@@ -119,6 +121,29 @@ def test_objective_gradients(name, backprop, monkeypatch, rng):
         assert error < BOUND, (key, error)
 
 
+def test_geco_weighs_the_likelihood_until_it_is_enough():
+    """v log p counts in L and in its slopes; log v grows where the error is above what is asked."""
+    cfg, p, x, noise, weights = setting()
+    _, back = iodine.objective(p, cfg, x, noise, weights)
+    plain = p.grads()
+    back(plain)
+    for geco, v in ((1e-9, 1.0), (1e9, 1.0), (1e-9, 2.0)):
+        free = replace(cfg, geco=geco)
+        q = Params(dict(p) | {"geco.b": np.log([v])}, np.float64)
+        g = q.grads()
+        traces, back = iodine.unroll(q, free, x, noise, weights.sigma, weights.iterations)
+        back(g)
+        np.testing.assert_allclose(traces[0].bound, traces[0].kl - v * traces[0].log_p)
+        np.testing.assert_allclose(traces[0].slope, v * traces[0].pixels.slope.reshape(
+            traces[0].slope.shape))
+        if geco < 1:
+            perfect = -np.log(0.6 * (2 * np.pi)**0.5) * x[0].size
+            assert g["geco.b"] == pytest.approx(traces[-1].log_p.mean() - perfect)
+        assert (g["geco.b"] > 0) == (geco > 1)
+        if v == 1:
+            np.testing.assert_allclose(g.flat[:-1], len(x) * plain.flat)
+
+
 def test_both_ways_back_agree_where_nothing_is_read_twice(rng):
     """With one refinement and a first decode that hardly counts: refine's weights do not differ."""
     grads = {}
@@ -134,9 +159,10 @@ def test_both_ways_back_agree_where_nothing_is_read_twice(rng):
 
 # ---------------------------------------------------------------- the pieces
 
-@pytest.mark.parametrize("decoder", iodine.DECODERS)
-def test_decoder_gradients(decoder, rng):
-    cfg, p, _, _, _ = setting(decoder=decoder)
+@pytest.mark.parametrize(("decoder", "colours"), [*((d, "edges") for d in iodine.DECODERS),
+                                                  ("planes", "flat")])
+def test_decoder_gradients(decoder, colours, rng):
+    cfg, p, _, _, _ = setting(decoder=decoder, colours=colours)
     z = rng.standard_normal((3, cfg.latents))
     own = Params({key: a for key, a in p.items() if key.startswith("decode")}, np.float64)
     assert pullback_error(lambda z: iodine.DECODERS[decoder](own, cfg, z), [z], own) < BOUND

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import iodine_tetris as iodine
+import vae_scenes
 from bench import iodine_study as study
 from bench import iodine_sweep as sweep
 from common.errors import Fail
@@ -144,6 +146,33 @@ def test_what_latents_draw_is_what_was_inferred(model):
     lam = guess.lam[-1]
     z = lam[..., :4] + np.exp(np.clip(lam[..., 4:], -6, 2)) * noise.reshape(2, cfg.slots, 4)
     np.testing.assert_allclose(study.drawn_by(p, cfg, z), guess.recon[-1], atol=1e-5)
+
+
+def test_slots_beside_a_vae(model, tmp_path):
+    """Both are asked for the same factors, the VAE for those of the largest object first."""
+    p, cfg = model(data="dsprites", canvas=32, slots=4)
+    other = vae_scenes.Config(data="dsprites", canvas=32, latent=3, halvings=(4,) * 4,
+                              mixings=(4,) * 3, seeds=4, widths=(4,) * 3)
+    q = Params(vae_scenes.init(other, 0))
+    save_weights(tmp_path / "vae.npz", q.host(), other, about="dsprites")
+    record = study.beside_vae(p, cfg, tmp_path / "vae.png", tmp_path / "vae.npz")
+    names = {"shape", "colour", "x", "y", "size"}
+    assert record.keys() == {"vae", *names, *(f"{name}, vae" for name in names)}
+    assert (tmp_path / "vae.png").stat().st_size > 1000
+    z, ranked = study.read_scenes(q, other, replace(cfg, objects=(3,)), 5, 4)
+    assert z.shape == (4, 3) and len(ranked) == 3
+    assert (ranked[0]["size"] >= ranked[1]["size"]).all()
+    with pytest.raises(Fail, match="other scenes"):
+        study.beside_vae(p, replace(cfg, canvas=48), tmp_path / "vae.png", tmp_path / "vae.npz")
+
+
+def test_places_alone_part_what_lies_apart(monkeypatch, rng):
+    at = np.concatenate([rng.normal(c, 0.5, (40, 2)) for c in (0, 9, 30)])
+    error, nearest = min((study.k_means(at, 3, rng) for _ in range(5)), key=lambda r: r[0])
+    assert sorted(np.bincount(nearest)) == [40, 40, 40] and error < 120
+    monkeypatch.setattr(study, "SCENES", (4, 4))
+    cfg = iodine.Config(data="binary", canvas=32, objects=(1,))
+    assert study.places(cfg) == {"ari_foreground": 1.0}
 
 
 def test_the_studies_from_the_command_line(model, tmp_path, capsys):
