@@ -478,16 +478,16 @@ def tight_bound(p, cfg, parts):
     return float(np.mean(bounds))
 
 
-def addition(p, cfg, *glyphs, count=(60_000, 2000)):
-    """Accuracy of a classifier that adds the digits of a frame from the mean of z (D.4)."""
+def addition(p, cfg, *glyphs, count=(80_000, 2000)):
+    """Accuracy of a classifier that adds the digits of a video from its means of z (D.4)."""
     sets = []
-    for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
+    for split, n, seed, T in zip(glyphs, count, (VALIDATION, TEST), (3, cfg.frames), strict=True):
         features, sums = [], []
         for start in range(0, n, 100):
-            some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
+            some = draw_videos(cfg, split, seed, start, 100, T)
             mean, _ = infer_videos(p, cfg, some.images)
-            features.append(mean.reshape(-1, 1, cfg.latent).astype(np.float16))
-            sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
+            features.append(mean[:, :, None].astype(np.float16))
+            sums.append(np.maximum(some.labels, 0).sum(1))
         sets.append((np.concatenate(features), np.concatenate(sums)))
     return probe(*sets, classes=9 * max(cfg.counts) + 1)
 

@@ -1,6 +1,7 @@
 """What a representation knows: a small classifier trained on it, and its accuracy on fresh data.
 
-Dimension key: B scenes, N objects at most, M objects of all scenes, K features, H units, O classes.
+Dimension key: B scenes, T frames, N objects at most, M objects of all frames of all scenes,
+K features, H units, O classes.
 """
 
 import numpy as np
@@ -22,11 +23,11 @@ def init(sizes, seed):
 def classify(p, x):
     """Logits of scenes from their objects, in whatever order: a sum over what each one tells.
 
-    x (B, N, K); an object whose features are all 0 is not there.
+    x (B, T, N, K), of which the mean over frames is taken; objects that are all 0 are not there.
     """
-    rows, slots = xp.nonzero(x.any(2))              # (M,), (M,)
-    each, back_each = mlp(p, "each", x[rows, slots], elu, last=elu)     # (M, H)
-    member = (rows == xp.arange(len(x))[:, None]).astype(x.dtype)       # (B, M)
+    (B, T), at = x.shape[:2], xp.nonzero(x.any(3))
+    each, back_each = mlp(p, "each", x[at], elu, last=elu)              # (M, H)
+    member = (at[0] == xp.arange(B)[:, None]).astype(x.dtype) / T       # (B, M)
     logits, back_logits = mlp(p, "sum", gemm(member, each), elu)        # (B, O)
 
     def back(dlogits, g):
@@ -51,13 +52,14 @@ def cross_entropy(logits, labels):
     return loss, back
 
 
-def probe(train, test, classes, seed=0, steps=24_000, batch=256, units=256, lr=1e-3):
+def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e-3, noise=0.8):
     """Accuracy on `test` of a classifier learned on `train`; both are (features, labels), host.
 
-    Features (B, N, K) are scaled by the standard deviation that they have in training.
+    Features (B, T, N, K) are scaled by the standard deviation that they have in training, where
+    noise comes on top, lest they are learned by heart. Tests may have more frames.
     """
     rng, (x, labels) = np.random.default_rng(seed), train
-    p = init((x.shape[2], units, classes), seed)
+    p = init((x.shape[-1], units, classes), seed)
     scale = np.float32(1 / (x[:20_000].std(dtype=np.float32) + 1e-8))
     g, adam = p.grads(), Optimiser(p)
 
@@ -66,7 +68,10 @@ def probe(train, test, classes, seed=0, steps=24_000, batch=256, units=256, lr=1
 
     for step in range(steps):
         pick = rng.integers(len(x), size=batch)
-        logits, back_logits = classify(p, part(x[pick]))            # (B, O)
+        some = part(x[pick])
+        some += noise * some.any(3, keepdims=True) * to_device(
+            rng.standard_normal(some.shape, np.float32))
+        logits, back_logits = classify(p, some)                     # (B, O)
         _, back_loss = cross_entropy(logits, to_device(labels[pick]))
         g.zero()
         back_logits(back_loss(1.0), g)
