@@ -6,7 +6,7 @@ K features, H units, O classes.
 
 import numpy as np
 
-from common.backend import gemm, to_device, xp
+from common.backend import gemm, to_device, to_host, xp
 from common.ops import elu, mlp
 from common.optim import Optimiser
 from common.params import Params
@@ -53,10 +53,11 @@ def cross_entropy(logits, labels):
 
 
 def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e-3, noise=0.8):
-    """Accuracy on `test` of a classifier learned on `train`; both are (features, labels), host.
+    """Accuracies on `test`, of frames alone and of videos, of a classifier learned on `train`.
 
-    Features (B, T, N, K) are scaled by the standard deviation that they have in training, where
-    noise comes on top, lest they are learned by heart. Tests may have more frames.
+    Both are (features, labels) on the host. Features (B, T, N, K) are scaled by the standard
+    deviation that they have in training; noise comes on top, lest they are learned by heart. Each
+    update sees some of the T frames, from one to all.
     """
     rng, (x, labels) = np.random.default_rng(seed), train
     p = init((x.shape[-1], units, classes), seed)
@@ -66,9 +67,14 @@ def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e
     def part(x):
         return to_device(x.astype(np.float32) * scale)
 
+    def accuracy(x, labels):
+        guess = [classify(p, part(x[k:k + 500]))[0].argmax(1) for k in range(0, len(x), 500)]
+        return float((to_host(xp.concatenate(guess)) == labels).mean())
+
     for step in range(steps):
         pick = rng.integers(len(x), size=batch)
-        some = part(x[pick])
+        frames = rng.permutation(x.shape[1])[:rng.integers(x.shape[1]) + 1]
+        some = part(x[pick[:, None], frames])
         some += noise * some.any(3, keepdims=True) * to_device(
             rng.standard_normal(some.shape, np.float32))
         logits, back_logits = classify(p, some)                     # (B, O)
@@ -77,8 +83,5 @@ def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e
         back_logits(back_loss(1.0), g)
         g.flush()
         adam.update(g, lr * 0.5 * (1 + np.cos(np.pi * step / steps)), step + 1)
-    right = 0
-    for k in range(0, len(test[0]), 500):
-        guess = classify(p, part(test[0][k:k + 500]))[0].argmax(1)
-        right += int((guess == to_device(test[1][k:k + 500])).sum())
-    return right / len(test[0])
+    x, labels = test
+    return accuracy(x.reshape(-1, 1, *x.shape[2:]), np.repeat(labels, x.shape[1])), accuracy(*test)
