@@ -125,7 +125,7 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"steps": 6000, "lengths": (1, 5, 10), "starts": (0, 2000, 5400),
+    "long": {"steps": 5200, "lengths": (1, 5, 10), "starts": (0, 1600, 4600), "first": 20.0,
              "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
