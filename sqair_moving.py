@@ -56,7 +56,7 @@ from common.sampler import read, write
 from common.store import load_weights, save_weights
 from common.tracks import follow, summary
 
-MAPS, STRIDES = (16, 32, 32, 64), (2, 2, 1, 1)      # the convolutions of `--net conv`
+MAPS, STRIDES = (8, 16, 16, 32), (2, 2, 1, 1)       # the convolutions of `--net conv`
 NEVER = -40.0       # logit of a presence that cannot be
 INK = 0.1           # a drawn pixel brighter than this belongs to an object's box
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
@@ -111,6 +111,8 @@ class Config:
     newcomer: float = cli.option(10.0, "nats that an object found later must earn", low=0.0,
                                  high=30.0)
     stay: float = cli.option(10.0, "prior log-odds that an object stays", low=0.0, high=30.0)
+    looks: int = cli.option(3, "times that a video's first frame is seen, except in training",
+                            low=1)
     bound_particles: int = cli.option(0, "evaluate: samples for the tight bound (0: leave it)",
                                       low=0)
     bound_videos: int = cli.option(100, "evaluate: videos for that bound", low=1)
@@ -123,11 +125,11 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"steps": 8000, "lengths": (1, 5, 10), "starts": (0, 1600, 6500),
+    "long": {"steps": 5200, "lengths": (1, 5, 10), "starts": (0, 1600, 4600), "first": 20.0,
              "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
-    "conv": {"net": "conv", "units": 128, "hidden": 128},
+    "conv": {"net": "conv", "units": 128, "hidden": 128, "lr": 1e-3},
     "air": {"model": "air", "lengths": (1,), "starts": (0,)},
     "paper": {"objective": "vimco", "through_time": True, "explain_away": False, "steps": 1_000_000,
               "lengths": (3, 4, 5, 6, 7, 8, 9, 10), "starts": tuple(range(0, 800_000, 100_000)),
@@ -162,9 +164,9 @@ def init(cfg, seed):
         layer("decode.0", K, 256, RELU)
         layer("decode.1", 256, 32 * (G // 4) ** 2, RELU)
         kernel("paint.0", 32, 32)
-        kernel("paint.1", 32, 4 * 32)                               # 4 maps become 2 x 2 pixels
-        kernel("paint.2", 32, 4 * 32)
-        kernel("paint.3", 32, 1, OUT, -3.0)                         # a dark patch to begin with
+        kernel("paint.1", 32, 4 * 16)                               # 4 maps become 2 x 2 pixels
+        kernel("paint.2", 16, 4 * 8)
+        kernel("paint.3", 8, 1, OUT, -3.0)                          # a dark patch to begin with
     else:
         layer("decode.0", K, U, RELU)
         layer("decode.1", U, U, RELU)
@@ -797,8 +799,11 @@ def vimco(cfg, xs, traces, weights):
 OBJECTIVES = {"fast": fast, "vimco": vimco}
 
 
-def unroll(p, cfg, xs, noise):
-    """All frames: traces, states after each frame, pullbacks."""
+def unroll(p, cfg, xs, noise, looks=1):
+    """All frames: traces, states after each frame, pullbacks.
+
+    With more `looks` what was found in the first frame is propagated on it before anything moves.
+    """
     B = len(xs[0])
     state = nothing(cfg, B, xs[0].dtype)
     e, back_e = features(p, cfg, "look", xp.concatenate(xs))        # (..., H)  eq.10
@@ -808,6 +813,9 @@ def unroll(p, cfg, xs, noise):
             state = nothing(cfg, B, x.dtype)
         trace, state, back_t = frame(p, cfg, x, e[t * B:(t + 1) * B], state, noise[t],
                                      t == 0 or cfg.model == "air")
+        for _ in range(looks - 1 if t == 0 and cfg.model == "sqair" else 0):
+            _, state, _ = frame(p, cfg, x, e[:B], state, noise[t], False)
+            state.age[...] = 0
         traces.append(trace)
         states.append(state)
         backs.append(back_t)
@@ -891,19 +899,25 @@ def draw_videos(cfg, glyphs, seed, start, count, frames):
 
 # ================================================================ reading videos, scoring
 
-def infer_videos(p, cfg, images):
-    """Who is where in each frame, every latent at its mean. Host arrays (B, T, ..) in and out."""
-    B, T, N, S = *images.shape[:2], cfg.slots, cfg.canvas
+def inferred(p, cfg, images):
+    """All slots in each frame, whether they are taken, by whom; every latent at its mean."""
+    B, T = images.shape[:2]
     xs = list(to_device(images).swapaxes(0, 1))
-    _, states, _ = unroll(p, cfg, xs, no_noise(cfg, T, B))
-    there, s, name = (xp.stack([getattr(a, k) for a in states], 1) for k in
-                      ("there", "s", "name"))       # (B, T, N), (B, T, N, F), (B, T, N)
+    _, states, _ = unroll(p, cfg, xs, no_noise(cfg, T, B), cfg.looks)
+    return tuple(xp.stack([getattr(a, k) for a in states], 1) for k in
+                 ("s", "there", "name"))            # (B, T, N, F), (B, T, N), (B, T, N)
+
+
+def infer_videos(p, cfg, images):
+    """Who is where in each frame. Host arrays (B, T, ..) in and out."""
+    B, T, N, S = *images.shape[:2], cfg.slots, cfg.canvas
+    s, there, name = inferred(p, cfg, images)       # (B, T, N, F), (B, T, N), (B, T, N)
     objects = s[there > 0]
     drawn = xp.zeros((B, T, N, 1, S, S), images.dtype)
     drawn[there > 0], _ = draw(p, cfg, objects[:, 6:6 + cfg.what], objects[:, :3])
-    drawn, there, name, what = map(to_host, (drawn, there > 0, name, s[..., 6:6 + cfg.what]))
+    drawn, there, name = map(to_host, (drawn, there > 0, name))
     return SimpleNamespace(there=there, name=name, drawn=drawn, recon=drawn.sum(2),
-                           boxes=ink_boxes(drawn, INK), what=what * there[..., None])
+                           boxes=ink_boxes(drawn, INK))
 
 
 def bound(p, cfg, images, noise):
@@ -954,7 +968,7 @@ def evaluate(cfg, weights, path=None, data_dir=None):
     if cfg.bound_particles:
         metrics["bound"] = tight_bound(p, cfg, stream(cfg, glyphs, TEST, cfg.bound_videos, 1))
     if cfg.addition:
-        metrics["addition"] = addition(p, cfg, load_glyphs(cfg, "train", data_dir), glyphs)
+        metrics |= addition(p, cfg, load_glyphs(cfg, "train", data_dir), glyphs)
     return metrics
 
 
@@ -986,18 +1000,20 @@ def tight_bound(p, cfg, parts):
     return total / count
 
 
-def addition(p, cfg, *glyphs, count=(60_000, 2000)):
-    """Accuracy of a classifier that adds the digits of a frame from z_what (supplement D.4)."""
+def addition(p, cfg, *glyphs, count=(50_000, 2000)):
+    """Accuracies of a classifier that adds a video's digits from its z_what (supplement D.4)."""
     sets = []
-    for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
+    for split, n, seed, T in zip(glyphs, count, (VALIDATION, TEST), (5, cfg.frames), strict=True):
         features, sums = [], []
         for start in range(0, n, 100):
-            some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
-            what = infer_videos(p, cfg, some.images).what
-            features.append(what.reshape(-1, cfg.slots, cfg.what).astype(np.float16))
-            sums.append(np.repeat(np.maximum(some.labels, 0).sum(1), cfg.frames))
+            some = draw_videos(cfg, split, seed, start, 100, T)
+            objects, there, _ = inferred(p, cfg, some.images)
+            what = objects[..., 6:6 + cfg.what] * there[..., None]
+            features.append(to_host(what).astype(np.float16))
+            sums.append(np.maximum(some.labels, 0).sum(1))
         sets.append((np.concatenate(features), np.concatenate(sums)))
-    return probe(*sets, classes=9 * max(cfg.counts) + 1)
+    accuracies = probe(*sets, classes=9 * max(cfg.counts) + 1)
+    return dict(zip(("addition", "addition_of_videos"), accuracies, strict=True))
 
 
 # ================================================================ imagining: the prior alone
@@ -1095,7 +1111,7 @@ def continued(p, cfg, images, given=3, rng=None):
     """What the model expects after the first `given` frames. Host arrays (B, T, 1, S, S)."""
     B, T = images.shape[:2]
     xs = list(to_device(images[:, :given]).swapaxes(0, 1))
-    _, states, _ = unroll(p, cfg, xs, no_noise(cfg, given, B))
+    _, states, _ = unroll(p, cfg, xs, no_noise(cfg, given, B), cfg.looks)
     last = in_hindsight(p, cfg, xs, states)
     return imagine(p, cfg, last, eps_of(cfg, T - given, B, rng))
 
@@ -1247,4 +1263,4 @@ def load_run(folder):
 if __name__ == "__main__":
     cli.main(__doc__, Config, PRESETS, train=train, evaluate=evaluate, infer=infer, figures=figures,
              adjustable=("motion", "data", "counts", "frames", "test_videos", "bound_particles",
-                         "bound_videos", "addition", "bounce"))
+                         "bound_videos", "addition", "bounce", "looks"))

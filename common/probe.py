@@ -1,11 +1,12 @@
 """What a representation knows: a small classifier trained on it, and its accuracy on fresh data.
 
-Dimension key: B scenes, N objects at most, M objects of all scenes, K features, H units, O classes.
+Dimension key: B scenes, T frames, N objects at most, M objects of all frames of all scenes,
+K features, H units, O classes.
 """
 
 import numpy as np
 
-from common.backend import gemm, to_device, xp
+from common.backend import gemm, to_device, to_host, xp
 from common.ops import elu, mlp
 from common.optim import Optimiser
 from common.params import Params
@@ -22,11 +23,11 @@ def init(sizes, seed):
 def classify(p, x):
     """Logits of scenes from their objects, in whatever order: a sum over what each one tells.
 
-    x (B, N, K); an object whose features are all 0 is not there.
+    x (B, T, N, K), of which the mean over frames is taken; objects that are all 0 are not there.
     """
-    rows, slots = xp.nonzero(x.any(2))              # (M,), (M,)
-    each, back_each = mlp(p, "each", x[rows, slots], elu, last=elu)     # (M, H)
-    member = (rows == xp.arange(len(x))[:, None]).astype(x.dtype)       # (B, M)
+    (B, T), at = x.shape[:2], xp.nonzero(x.any(3))
+    each, back_each = mlp(p, "each", x[at], elu, last=elu)              # (M, H)
+    member = (at[0] == xp.arange(B)[:, None]).astype(x.dtype) / T       # (B, M)
     logits, back_logits = mlp(p, "sum", gemm(member, each), elu)        # (B, O)
 
     def back(dlogits, g):
@@ -51,29 +52,36 @@ def cross_entropy(logits, labels):
     return loss, back
 
 
-def probe(train, test, classes, seed=0, steps=24_000, batch=256, units=256, lr=1e-3):
-    """Accuracy on `test` of a classifier learned on `train`; both are (features, labels), host.
+def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e-3, noise=0.8):
+    """Accuracies on `test`, of frames alone and of videos, of a classifier learned on `train`.
 
-    Features (B, N, K) are scaled by the standard deviation that they have in training.
+    Both are (features, labels) on the host. Features (B, T, N, K) are scaled by the standard
+    deviation that they have in training; noise comes on top, lest they are learned by heart. Each
+    update sees some of the T frames, from one to all.
     """
     rng, (x, labels) = np.random.default_rng(seed), train
-    p = init((x.shape[2], units, classes), seed)
+    p = init((x.shape[-1], units, classes), seed)
     scale = np.float32(1 / (x[:20_000].std(dtype=np.float32) + 1e-8))
     g, adam = p.grads(), Optimiser(p)
 
     def part(x):
         return to_device(x.astype(np.float32) * scale)
 
+    def accuracy(x, labels):
+        guess = [classify(p, part(x[k:k + 500]))[0].argmax(1) for k in range(0, len(x), 500)]
+        return float((to_host(xp.concatenate(guess)) == labels).mean())
+
     for step in range(steps):
         pick = rng.integers(len(x), size=batch)
-        logits, back_logits = classify(p, part(x[pick]))            # (B, O)
+        frames = rng.permutation(x.shape[1])[:rng.integers(x.shape[1]) + 1]
+        some = part(x[pick[:, None], frames])
+        some += noise * some.any(3, keepdims=True) * to_device(
+            rng.standard_normal(some.shape, np.float32))
+        logits, back_logits = classify(p, some)                     # (B, O)
         _, back_loss = cross_entropy(logits, to_device(labels[pick]))
         g.zero()
         back_logits(back_loss(1.0), g)
         g.flush()
         adam.update(g, lr * 0.5 * (1 + np.cos(np.pi * step / steps)), step + 1)
-    right = 0
-    for k in range(0, len(test[0]), 500):
-        guess = classify(p, part(test[0][k:k + 500]))[0].argmax(1)
-        right += int((guess == to_device(test[1][k:k + 500])).sum())
-    return right / len(test[0])
+    x, labels = test
+    return accuracy(x.reshape(-1, 1, *x.shape[2:]), np.repeat(labels, x.shape[1])), accuracy(*test)

@@ -10,8 +10,8 @@ from common.params import Params
 def test_gradient(rng):
     p = Params(probe.init((4, 5, 3), 0), np.float64)
     p.flat[...] += 0.1 * rng.standard_normal(p.flat.size)
-    x, labels = rng.standard_normal((6, 3, 4)), rng.integers(3, size=6)
-    x[0, 1] = x[2] = 0                              # one is not there; nothing is there
+    x, labels = rng.standard_normal((6, 2, 3, 4)), rng.integers(3, size=6)
+    x[0, 1, 1] = x[2] = 0                           # one is not there; nothing is there
 
     def loss():
         logits, back_logits = probe.classify(p, x)
@@ -28,13 +28,15 @@ def test_gradient(rng):
 
 def test_order_does_not_matter(rng):
     p = probe.init((4, 5, 3), 0)
-    x = rng.standard_normal((6, 3, 4)).astype(np.float32)
-    np.testing.assert_allclose(probe.classify(p, x)[0], probe.classify(p, x[:, ::-1])[0], rtol=1e-4)
+    x = rng.standard_normal((6, 2, 3, 4)).astype(np.float32)
+    for other in (x[:, ::-1], x[:, :, ::-1], np.concatenate([x, x], 1)):
+        np.testing.assert_allclose(probe.classify(p, x)[0], probe.classify(p, other)[0], rtol=1e-4)
 
 
 def test_it_learns_to_add(rng):
     """Digits as one-hot objects, up to two of them: their sum."""
     digits = rng.integers(-1, 4, (3000, 2))         # -1: not there
-    x = (digits[:, :, None] == np.arange(4)).astype(np.float16)
+    x = (digits[:, None, :, None] == np.arange(4)).astype(np.float16)
     sums = np.maximum(digits, 0).sum(1)
-    assert probe.probe((x[:2000], sums[:2000]), (x[2000:], sums[2000:]), 7, steps=300) > 0.97
+    for accuracy in probe.probe((x[:2000], sums[:2000]), (x[2000:], sums[2000:]), 7, steps=300):
+        assert accuracy > 0.97

@@ -280,6 +280,18 @@ def test_slots_are_filled_and_names_are_kept():
     assert (states[-1].named >= states[-1].there.sum(1)).all()
 
 
+def test_more_looks_are_frames_in_which_nothing_moves():
+    cfg, p, videos, noise, _ = setting(batch=12, frames=2)
+    first, second = videos.swapaxes(0, 1)
+    _, (at_rest, moved), _ = sqair.unroll(p, cfg, [first, second], noise, looks=2)
+    _, (_, repeated), _ = sqair.unroll(p, cfg, [first, first], noise[:1] * 2)
+    np.testing.assert_array_equal(at_rest.s, repeated.s)
+    assert at_rest.there.any() and not at_rest.age.any()
+    stays = (moved.age > 0)[..., None]              # its velocity is what it has just moved
+    np.testing.assert_allclose((stays * moved.s)[..., 4:6],
+                               (stays * (moved.s - at_rest.s))[..., 1:3])
+
+
 def test_full_slots_find_nothing_more():
     cfg, p, videos, noise, _ = setting(batch=8, frames=4, slots=1)
     traces, states, _ = sqair.unroll(p, cfg, list(videos.swapaxes(0, 1)), noise)
