@@ -48,7 +48,8 @@ def cells(row, records):
     commands = [f"`{command}`" for command in
                 [row.get("command")] + [r.get("command") for r in chosen] if command]
     return (row["label"], row.get("paper", ""), row.get("best", ""),
-            spread([r[metric] for r in chosen], lambda v: as_text(v, row["format"]), seeds=True),
+            spread([r[metric] for r in chosen], lambda v: as_text(v, row["format"]),
+                   "seed" if any("seed" in r for r in chosen) else "measurement"),
             spread([r["train_seconds"] for r in chosen if "train_seconds" in r], duration),
             ", ".join(machines), commands[0] if commands else "")
 
@@ -58,13 +59,13 @@ def as_text(value, form):
     return format(value, form).replace("%", " %")
 
 
-def spread(values, text, seeds=False):
+def spread(values, text, each=None):
     """Mean, and in brackets the lowest and the highest of several: 98.1 % (97.6 % – 98.6 %)."""
     if not values:
-        return "not run" if seeds else ""
+        return "not run" if each else ""
     mean, low, high = text(sum(values) / len(values)), text(min(values)), text(max(values))
     notes = [f"{low} – {high}"] if low != high else []
-    notes += [f"{len(values)} seed" + "s" * (len(values) > 1)] if seeds else []
+    notes += [f"{len(values)} {each}" + "s" * (len(values) > 1)] if each else []
     return mean + (f" ({', '.join(notes)})" if notes else "")
 
 
