@@ -678,7 +678,7 @@ def turn(p, cfg, x, left, where, tint, eps):
         for back_examine in reversed(backs):
             dbefore, dwhere = back_examine(dmean, dlog_std, ddepth, dwhere, g)
             dleft = dleft + dbefore
-            dmean, dlog_std, ddepth = 0 * dmean, 0 * dlog_std, 0 * ddepth
+            dmean, dlog_std, ddepth = map(xp.zeros_like, (dmean, dlog_std, ddepth))
         return dleft
 
     return alpha, colour, depth, where, z, kl, back
