@@ -125,7 +125,7 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 2000, "starts": (0, 1200), "test_videos": 500},
-    "long": {"steps": 5200, "lengths": (1, 5, 10), "starts": (0, 1600, 4600), "first": 20.0,
+    "long": {"steps": 10_400, "lengths": (1, 5, 10), "starts": (0, 3200, 9200), "first": 20.0,
              "eval_every": 1000},
     "vimco": {"objective": "vimco", "through_time": True, "vimco_from": 2, "steps": 2600,
               "lr": 1e-3},
@@ -1088,20 +1088,25 @@ def in_hindsight(p, cfg, xs, states):
     """The last state, its objects' places and velocities once more from all frames.
 
     An object looks best known in the last frame, and worst in the first, when it was discovered.
+    Its path is the line through its first place that fits the others best (least squares, a frame
+    at a time): places are whole pixels, but only later ones had to be rounded.
     """
     last, K = states[-1], cfg.what
     rows, slots = xp.nonzero(last.there)            # (M,), (M,)
     s = last.s[rows, slots].copy()                  # (M, F)
-    what, now, frames = s[:, 6:6 + K], s.copy(), xp.zeros(len(s), s.dtype)
+    what, now, k = s[:, 6:6 + K], s.copy(), xp.zeros((len(s), 1), s.dtype)
     now[:, 3:6] = 0
     for x, state in zip(xs, states, strict=True):
         own = (state.name[rows, slots] == last.name[rows, slots]).astype(s.dtype)   # (M,)
         first = join(s[:, :1], state.s[rows, slots][:, 1:3])        # (M, 3)
         where = settled(p, cfg, x, rows, what, first, own)          # (M, 3)
         now = mirrored(p, cfg, now)                 # (M, F)
-        weight = (own * (frames > 0) / xp.maximum(frames, 1))[:, None]      # (M, 1)  of a mean
-        velocity = now[:, 3:6] + weight * (where - now[:, :3] - now[:, 3:6])        # (M, 3)
-        now, frames = join(where, velocity, s[:, 6:]), frames + own
+        away = own[:, None] * (where - now[:, :3] - now[:, 3:6])    # (M, 3)
+        share = 6 / ((k + 1) * (2 * k + 1))         # (M, 1)  k / sum_{j=1..k} j^2
+        moved = xp.where(k > 0, k * share, 1) * away                # (M, 3)
+        velocity = now[:, 3:6] + (k > 0) * share * away             # (M, 3)
+        now = join(now[:, :3] + now[:, 3:6] + moved, velocity, s[:, 6:])
+        k += own[:, None]
     known = last.s.copy()
     known[rows, slots] = now
     return SimpleNamespace(**{**vars(last), "s": known})

@@ -17,10 +17,10 @@ from common.conv import conv
 from common.distances import frechet, kernel
 from common.errors import Fail
 from common.metrics import visible_masks
-from common.ops import dense, elu, linear
+from common.ops import dense, elu, linear, softmax
 from common.optim import Optimiser, cosine
 from common.params import Params
-from common.probe import cross_entropy
+from common.probe import surprise
 from common.store import load_weights
 
 MAPS, F, KINDS, NUMBERS = (3, 16, 32, 64, 64), 64, 8, 6
@@ -60,13 +60,14 @@ def lesson(p, x, kinds, numbers, weight=4.0):
     f, back_f = know(p, x)                                          # (B, F)
     u, back_u = linear(p, "tell", f)                                # (B, K*KINDS + K*NUMBERS)
     told = u.reshape(*kinds.shape, -1)                              # (B, K, KINDS + NUMBERS)
-    wrong, back_wrong = cross_entropy(told[..., :KINDS].reshape(-1, KINDS), kinds.ravel())
+    q, back_q = softmax(told[..., :KINDS].reshape(-1, KINDS))       # (B*K, KINDS)
+    wrong, back_wrong = surprise(q, kinds.ravel())
     away = (told[..., KINDS:] - numbers) * (kinds > 0)[..., None]   # (B, K, NUMBERS)
     loss = wrong + weight * (away * away).sum() / len(x)
 
     def back(g):
         daway = away * (2 * weight / len(x))
-        dkinds = back_wrong(1.0).reshape(*kinds.shape, KINDS)
+        dkinds = back_q(back_wrong(1.0)).reshape(*kinds.shape, KINDS)
         df = back_u(xp.concatenate([dkinds, daway], 2).reshape(u.shape), g)
         back_f(df, g)
         g.flush()

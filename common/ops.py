@@ -74,6 +74,16 @@ def clamp(x, low, high):
     return y, back
 
 
+def softmax(x):
+    y = xp.exp(x - x.max(1, keepdims=True))
+    y /= y.sum(1, keepdims=True)
+
+    def back(dy):
+        return y * (dy - (dy * y).sum(1, keepdims=True))
+
+    return y, back
+
+
 def identity(x):
     return x, lambda dy: dy
 

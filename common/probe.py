@@ -1,63 +1,88 @@
-"""What a representation knows: a small classifier trained on it, and its accuracy on fresh data.
+"""What a representation knows of digits: a small classifier that adds them, scored on fresh frames.
 
-Dimension key: B scenes, T frames, N objects at most, M objects of all frames of all scenes,
-K features, H units, O classes.
+Dimension key: B frames, N objects at most, M objects of all frames, K features, H units, O sums.
 """
 
 import numpy as np
 
-from common.backend import gemm, to_device, to_host, xp
-from common.ops import elu, mlp
+from common.backend import to_device, to_host, xp
+from common.ops import elu, mlp, softmax
 from common.optim import Optimiser
 from common.params import Params
+
+TINY = 1e-6
 
 
 def init(sizes, seed):
     rng, (K, H, O) = np.random.default_rng(seed), sizes
-    shapes = {"each.0": (K, H), "each.1": (H, H), "sum.0": (H, H), "sum.1": (H, O)}
-    return Params({f"{name}.{kind}": a for name, (n, m) in shapes.items()
+    return Params({f"digit.{k}.{kind}": a for k, (n, m) in enumerate(((K, H), (H, H), (H, O)))
                    for kind, a in (("W", rng.standard_normal((n, m)) / np.sqrt(n)),
                                    ("b", np.zeros(m)))})
 
 
-def classify(p, x):
-    """Logits of scenes from their objects, in whatever order: a sum over what each one tells.
+def plus(a, b):
+    """The distribution of i + j where a is that of i and b that of j, all from 0 to O - 1."""
+    O, y = a.shape[1], xp.zeros_like(a)                         # (B, O)
+    for i in range(O):
+        y[:, i:] += a[:, i:i + 1] * b[:, :O - i]
 
-    x (B, T, N, K), of which the mean over frames is taken; objects that are all 0 are not there.
+    def back(dy):
+        da, db = xp.empty_like(a), xp.zeros_like(b)
+        for i in range(O):
+            da[:, i] = (dy[:, i:] * b[:, :O - i]).sum(1)
+            db[:, :O - i] += dy[:, i:] * a[:, i:i + 1]
+        return da, db
+
+    return y, back
+
+
+def add(p, x):
+    """The distribution (B, O) of the sum of what the objects x (B, N, K) of a frame stand for.
+
+    Each says a number by itself; one that is all 0 is not there, and says 0.
     """
-    (B, T), at = x.shape[:2], xp.nonzero(x.any(3))
-    each, back_each = mlp(p, "each", x[at], elu, last=elu)              # (M, H)
-    member = (at[0] == xp.arange(B)[:, None]).astype(x.dtype) / T       # (B, M)
-    logits, back_logits = mlp(p, "sum", gemm(member, each), elu)        # (B, O)
+    rows, slots = xp.nonzero(x.any(2))                          # (M,), (M,)
+    logits, back_logits = mlp(p, "digit", x[rows, slots], elu)  # (M, O)
+    said, back_said = softmax(logits)                           # (M, O)
+    q = xp.zeros((x.shape[1], len(x), said.shape[1]), x.dtype)  # (N, B, O)
+    q[:, :, 0] = 1
+    q[slots, rows] = said
+    y, backs = q[0], []                                         # (B, O)
+    for q_n in q[1:]:
+        y, back_n = plus(y, q_n)                                # (B, O)
+        backs.append(back_n)
 
-    def back(dlogits, g):
-        dsum = back_logits(dlogits, g)
-        back_each(gemm(member.T, dsum), g)
+    def back(dy, g):
+        dq = xp.empty_like(q)
+        for n, back_n in reversed(list(enumerate(backs, 1))):
+            dy, dq[n] = back_n(dy)
+        dq[0] = dy
+        dlogits = back_said(dq[slots, rows])
+        back_logits(dlogits, g)
 
-    return logits, back
+    return y, back
 
 
-def cross_entropy(logits, labels):
-    """Mean of -log softmax(logits) at the labels; labels are whole numbers."""
-    rows = xp.arange(len(labels))                                   # (B,)
-    away = logits - logits.max(1, keepdims=True)                    # (B, O)
-    log_p = away - xp.log(xp.exp(away).sum(1, keepdims=True))       # (B, O)
-    loss = -log_p[rows, labels].mean()
+def surprise(q, labels):
+    """Mean of -log q(label)."""
+    rows = xp.arange(len(labels))                               # (B,)
+    told = q[rows, labels] + TINY                               # (B,)
+    loss = -xp.log(told).mean()
 
     def back(dloss):
-        d = xp.exp(log_p)
-        d[rows, labels] -= 1
-        return d * (dloss / len(labels))
+        dq = xp.zeros_like(q)
+        dq[rows, labels] = -dloss / (len(labels) * told)
+        return dq
 
     return loss, back
 
 
-def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e-3, noise=0.8):
+def probe(train, test, classes, seed=0, steps=20_000, batch=128, units=256, lr=1e-3, noise=0.5):
     """Accuracies on `test`, of frames alone and of videos, of a classifier learned on `train`.
 
-    Both are (features, labels) on the host. Features (B, T, N, K) are scaled by the standard
-    deviation that they have in training; noise comes on top, lest they are learned by heart. Each
-    update sees some of the T frames, from one to all.
+    Both are (features, labels) on the host. Features (videos, T, N, K) are scaled by the standard
+    deviation that they have in training; noise comes on top, lest they are learned by heart. It
+    learns from single frames; what it says of a video is the product of what it says of each.
     """
     rng, (x, labels) = np.random.default_rng(seed), train
     p = init((x.shape[-1], units, classes), seed)
@@ -67,21 +92,21 @@ def probe(train, test, classes, seed=0, steps=20_000, batch=64, units=256, lr=1e
     def part(x):
         return to_device(x.astype(np.float32) * scale)
 
-    def accuracy(x, labels):
-        guess = [classify(p, part(x[k:k + 500]))[0].argmax(1) for k in range(0, len(x), 500)]
-        return float((to_host(xp.concatenate(guess)) == labels).mean())
-
     for step in range(steps):
-        pick = rng.integers(len(x), size=batch)
-        frames = rng.permutation(x.shape[1])[:rng.integers(x.shape[1]) + 1]
-        some = part(x[pick[:, None], frames])
-        some += noise * some.any(3, keepdims=True) * to_device(
+        video, frame = rng.integers(len(x), size=batch), rng.integers(x.shape[1], size=batch)
+        some = part(x[video, frame])                            # (B, N, K)
+        some += noise * some.any(2, keepdims=True) * to_device(
             rng.standard_normal(some.shape, np.float32))
-        logits, back_logits = classify(p, some)                     # (B, O)
-        _, back_loss = cross_entropy(logits, to_device(labels[pick]))
+        q, back_q = add(p, some)                                # (B, O)
+        _, back_loss = surprise(q, to_device(labels[video]))
         g.zero()
-        back_logits(back_loss(1.0), g)
+        back_q(back_loss(1.0), g)
         g.flush()
         adam.update(g, lr * 0.5 * (1 + np.cos(np.pi * step / steps)), step + 1)
     x, labels = test
-    return accuracy(x.reshape(-1, 1, *x.shape[2:]), np.repeat(labels, x.shape[1])), accuracy(*test)
+    frames = x.reshape(-1, *x.shape[2:])
+    q = np.concatenate([to_host(add(p, part(some))[0]) for some in
+                        np.array_split(frames, -(-len(frames) // 500))])
+    log_q = np.log(q + TINY).reshape(*x.shape[:2], classes)     # (videos, T, O)
+    return (float((log_q.argmax(2) == labels[:, None]).mean()),
+            float((log_q.mean(1).argmax(1) == labels).mean()))

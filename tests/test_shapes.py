@@ -24,6 +24,7 @@ from common import (
     metrics,
     mixture,
     ops,
+    probe,
     raycast,
     sampler,
     shapes,
@@ -219,6 +220,14 @@ def run_features():
 # One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
 # A commented line of a listed module or function that no run executes fails, so list only what
 # the run covers, and give every dimension a size of its own.
+def run_probe():
+    p, x = probe.init((4, 7, 5), 0), ones(6, 2, 4)
+    x[3, 1] = 0
+    q, back_q = probe.add(p, x)
+    _, back_loss = probe.surprise(q, np.arange(6) % 5)
+    back_q(back_loss(1.0), p.grads())
+
+
 CASES = {
     "air": ([air], AIR, run_air),
     "sqair": ([sqair], SQAIR, run_sqair),
@@ -255,6 +264,8 @@ CASES = {
     "upsampled": ([conv.upsample], {"B": 5, "C": 2, "H": 3, "W": 4},
                   lambda: conv.upsample(ones(5, 2, 3, 4))),
     "sampler": ([sampler], {"B": 11, "C": 2, "H": 9, "W": 7, "G": 5}, run_sampler),
+    "probe": ([probe.plus, probe.add, probe.surprise],
+              {"B": 6, "N": 2, "O": 5, "M": 11}, run_probe),
     "metrics": ([metrics], {"B": 5, "K": 2, "H": 6, "W": 8, "size": 4, "J": 3, "most": 3,
                             "ways": 6}, run_metrics),
     "compose": ([compose], {"B": 5, "K": 2, "C": 3, "S": 1, "H": 6, "W": 8, "R": 7, "M": 4},
