@@ -1003,17 +1003,16 @@ def tight_bound(p, cfg, parts):
 def addition(p, cfg, *glyphs, count=(50_000, 2000)):
     """Accuracies of a classifier that adds a video's digits from its z_what (supplement D.4)."""
     sets = []
-    for split, n, seed, T in zip(glyphs, count, (VALIDATION, TEST), (5, cfg.frames), strict=True):
+    for split, n, seed in zip(glyphs, count, (VALIDATION, TEST), strict=True):
         features, sums = [], []
         for start in range(0, n, 100):
-            some = draw_videos(cfg, split, seed, start, 100, T)
+            some = draw_videos(cfg, split, seed, start, 100, cfg.frames)
             objects, there, _ = inferred(p, cfg, some.images)
             what = objects[..., 6:6 + cfg.what] * there[..., None]
             features.append(to_host(what).astype(np.float16))
             sums.append(np.maximum(some.labels, 0).sum(1))
         sets.append((np.concatenate(features), np.concatenate(sums)))
-    accuracies = probe(*sets, classes=9 * max(cfg.counts) + 1)
-    return dict(zip(("addition", "addition_of_videos"), accuracies, strict=True))
+    return probe(*sets, classes=9 * max(cfg.counts) + 1)
 
 
 # ================================================================ imagining: the prior alone

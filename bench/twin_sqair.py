@@ -9,6 +9,7 @@ with `here` = 0: more work, but the same shapes for every frame, which `torch.co
 """
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -160,12 +161,12 @@ def who(there, dense):
     return slots, rows, slots.bincount(minlength=N).tolist()
 
 
-def propagate_all(p, cfg, x, state, eps, uniform, dense):
+def propagate_all(p, cfg, x, state, eps, uniform, dense, parts):
     K, Q = cfg.what, cfg.memory
     slots, rows, counts = who(state.there, dense)
     here = state.there[rows, slots]
     s0, age = state.s[rows, slots], state.age[rows, slots]
-    ahead = expect(p, cfg, s0, age)
+    ahead = parts.expect(p, cfg, s0, age)
     relation, y = x.new_zeros(len(x), Q + 3 + K), torch.zeros_like(x)
     others = torch.zeros_like(x)
     sketched = cfg.explain_away and sum(c > 0 for c in counts) > 1
@@ -175,9 +176,9 @@ def propagate_all(p, cfg, x, state, eps, uniform, dense):
             for r, drawn in zip(rows.split(counts), sketch.split(counts), strict=True):
                 others[r] += drawn
     kept, new = [], []
-    for i, parts in enumerate(zip(*(a.split(counts) for a in (
+    for i, shares in enumerate(zip(*(a.split(counts) for a in (
             rows, here, s0, age, *ahead, sketch if sketched else rows)), strict=True)):
-        r, here_k, s_k, age_k, *ahead_k, sketch_k = parts
+        r, here_k, s_k, age_k, *ahead_k, sketch_k = shares
         if not counts[i]:
             continue
         seen = x[r]
@@ -185,8 +186,8 @@ def propagate_all(p, cfg, x, state, eps, uniform, dense):
             if sketched:
                 others[r] -= sketch_k
             seen = seen - y.detach()[r] - others[r]
-        logit, cost, drawn, s, relation_k = propagate(p, cfg, seen, s_k, age_k, *ahead_k,
-                                                      relation[r], eps[i][r])
+        logit, cost, drawn, s, relation_k = parts.propagate(
+            p, cfg, seen, s_k, age_k, *ahead_k, relation[r], eps[i][r])
         z = here_k * (uniform[i][r] < torch.sigmoid(logit)).to(x)
         if dense:
             relation = torch.where(here_k[:, None] > 0, relation_k, relation)
@@ -213,12 +214,12 @@ def discover(p, cfg, x, a, d, z, later, eps):
     return logit, cost_where + cost_what, draw(p, cfg, what, where), d, z
 
 
-def discover_all(p, cfg, x, l, y, free, later, eps):
+def discover_all(p, cfg, x, l, y, free, later, eps, parts):
     a = torch.cat([F.relu(mlp(p, "look", F.avg_pool2d(x, 2).flatten(1))), l], 1)
     d, z = x.new_zeros(len(x), cfg.hidden), x.new_zeros(len(x), 4 + cfg.what)
     logits, costs, zs, ys = [], [], [], [y]
     for i in range(cfg.later if later else cfg.slots):
-        logit, cost, drawn, d, z = discover(p, cfg, x, a, d, z, later, eps[i])
+        logit, cost, drawn, d, z = parts.discover(p, cfg, x, a, d, z, later, eps[i])
         logits.append(torch.where(free > i, logit, NEVER))
         costs.append(cost)
         zs.append(z[:, 1:])
@@ -239,13 +240,13 @@ def log_posterior(logits):
     return torch.cat([zero, yes]) + torch.cat([F.logsigmoid(-logits), zero])
 
 
-def frame(p, cfg, x, state, eps, uniform, first, dense):
+def frame(p, cfg, x, state, eps, uniform, first, dense, parts):
     """Propagate, discover, and sort the objects into slots. There are none before the first."""
     B, N, K = len(x), cfg.slots, cfg.what
     kept, y, l = [], torch.zeros_like(x), x.new_zeros(B, 128)
     s, there, age = torch.zeros_like(state.s), torch.zeros_like(state.there), state.age
     if not first:
-        kept, new, at, y = propagate_all(p, cfg, x, state, eps, uniform, dense)
+        kept, new, at, y = propagate_all(p, cfg, x, state, eps, uniform, dense, parts)
     if kept:
         z = torch.cat([t.z for t in kept])
         code = F.relu(mlp(p, "known", torch.cat([new[:, 6:6 + K], new[:, :3]], 1)))
@@ -254,7 +255,7 @@ def frame(p, cfg, x, state, eps, uniform, first, dense):
         s, there = s.index_put(at, z[:, None] * new), there.index_put(at, z)
     age = there * (age + 1)
     free = N - there.sum(1)
-    logits, costs, zs, ys = discover_all(p, cfg, x, l, y, free, not first, eps[N:])
+    logits, costs, zs, ys = discover_all(p, cfg, x, l, y, free, not first, eps[N:], parts)
     log_q = log_posterior(logits)
     n = (log_q[:-1].exp().cumsum(0) < uniform[-1]).sum(0)
     empty = (there * N + torch.arange(N).to(x)).argsort(1)
@@ -332,28 +333,26 @@ def vimco(cfg, log_w, log_q):
     return -(bound + (signal * (log_q - log_q.detach())).sum(1)).mean()
 
 
-def moment(p, cfg, x, state, eps, uniform, temperature, first, dense):
-    """One frame, and what it adds to the objective."""
-    trace, state = frame(p, cfg, x, state, eps, uniform, first, dense)
-    share = fast if cfg.objective == "fast" else log_weights
-    return share(cfg, x, trace, temperature), state
+PARTS = SimpleNamespace(expect=expect, propagate=propagate, discover=discover, fast=fast)
 
 
-def objective(p, cfg, videos, noise, weights, dense=False, moment=moment):
+def objective(p, cfg, videos, noise, weights, dense=False, parts=PARTS):
     if cfg.objective == "vimco":
         videos = videos.repeat_interleave(cfg.particles, 0)
     total, state = 0.0, nothing(cfg, videos[:, 0])
+    share = parts.fast if cfg.objective == "fast" else log_weights
     for t, (x, frame_noise) in enumerate(zip(videos.unbind(1), noise, strict=True)):
-        share, state = moment(p, cfg, x, state, frame_noise.eps, frame_noise.uniform,
-                              weights.temperature, t == 0 or cfg.model == "air", dense)
-        total = total + share
+        trace, state = frame(p, cfg, x, state, frame_noise.eps, frame_noise.uniform,
+                             t == 0 or cfg.model == "air", dense, parts)
+        total = total + share(cfg, x, trace, weights.temperature)
     return total / len(videos) if cfg.objective == "fast" else vimco(cfg, *total)
 
 
 def compiled():
-    """Frame by frame, for one graph of all frames takes too long to compile."""
-    run = torch.compile(moment)
-    return lambda *args: objective(*args, dense=True, moment=run)
+    """Part by part: a graph of a whole frame takes too long to compile."""
+    parts = SimpleNamespace(**{name: torch.compile(part, dynamic=False)
+                               for name, part in vars(PARTS).items()})
+    return lambda *args: objective(*args, dense=True, parts=parts)
 
 
 @torch.no_grad()
@@ -363,7 +362,8 @@ def infer(p, cfg, videos):
     eps, uniform = x.new_zeros(2 * N, len(x), 3 + cfg.what), x.new_full((N + 1, len(x)), 0.5)
     state = nothing(cfg, x)
     for t, x in enumerate(videos.unbind(1)):
-        _, state = frame(p, cfg, x, state, eps, uniform, t == 0 or cfg.model == "air", False)
+        _, state = frame(p, cfg, x, state, eps, uniform, t == 0 or cfg.model == "air", False,
+                         PARTS)
         at = state.there.nonzero(as_tuple=True)
         s, drawn = state.s[at], x.new_zeros(len(x), N, *x.shape[1:])
         drawn[at] = draw(p, cfg, s[:, 6:6 + cfg.what], s[:, :3])

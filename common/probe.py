@@ -108,5 +108,5 @@ def probe(train, test, classes, seed=0, steps=20_000, batch=128, units=256, lr=1
     q = np.concatenate([to_host(add(p, part(some))[0]) for some in
                         np.array_split(frames, -(-len(frames) // 500))])
     log_q = np.log(q + TINY).reshape(*x.shape[:2], classes)     # (videos, T, O)
-    return (float((log_q.argmax(2) == labels[:, None]).mean()),
-            float((log_q.mean(1).argmax(1) == labels).mean()))
+    return {"addition": float((log_q.argmax(2) == labels[:, None]).mean()),
+            "addition_of_videos": float((log_q.mean(1).argmax(1) == labels).mean())}
