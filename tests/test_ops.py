@@ -28,7 +28,6 @@ ACTIVATIONS = {
     "elu": (ops.elu, [0]),
     "leaky_relu": (ops.leaky_relu, [0]),
     "sigmoid": (ops.sigmoid, []),
-    "softmax": (ops.softmax, ()),
     "tanh": (ops.tanh, []),
     "softmax": (ops.softmax, []),
     "identity": (ops.identity, []),

@@ -1,29 +1,13 @@
 """Scenes depend on (seed, index) alone, lie as their layout says, and never change."""
 
-import hashlib
-
 import numpy as np
 import pytest
 
+from bars import bars, fingerprint
 from common import scenes
-from common.data import Glyphs
 from common.errors import Fail
 
-
-@pytest.fixture(scope="module")
-def glyphs():
-    """Ten bars, from narrow to wide, with soft ends."""
-    images = np.zeros((10, 28, 28), np.uint8)
-    for k, image in enumerate(images):
-        image[4:24, 12 - k // 2:15 + k] = 255
-        image[4, :], image[23, :] = image[4, :] // 2, image[23, :] // 5
-    return Glyphs(images, np.arange(10, dtype=np.uint8), "bars")
-
-
-def fingerprint(s):
-    """A hash of what the eye sees, and of the counts."""
-    images = np.rint(s.images * 255).astype(np.uint8)
-    return hashlib.sha256(images.tobytes() + s.counts.tobytes()).hexdigest()[:16]
+glyphs = pytest.fixture(bars, scope="module")
 
 
 def gaps(a, b):

@@ -1,32 +1,18 @@
 """Videos depend on (seed, index) alone, and digits move in them as their motion says."""
 
-import hashlib
 import time
 
 import numpy as np
 import pytest
 
+from bars import bars, fingerprint
 from common import videos
 from common.data import Glyphs
 from common.errors import Fail
 from common.handwriting import drawn_digits
 from common.videos import MOTIONS, moving_digits
 
-
-@pytest.fixture(scope="module")
-def glyphs():
-    """Ten bars, from narrow to wide, with soft ends."""
-    images = np.zeros((10, 28, 28), np.uint8)
-    for k, image in enumerate(images):
-        image[4:24, 12 - k // 2:15 + k] = 255
-        image[4, :], image[23, :] = image[4, :] // 2, image[23, :] // 5
-    return Glyphs(images, np.arange(10, dtype=np.uint8), "bars")
-
-
-def fingerprint(v):
-    """A hash of what the eye sees, and of the counts."""
-    images = np.rint(v.images * 255).astype(np.uint8)
-    return hashlib.sha256(images.tobytes() + v.counts.tobytes()).hexdigest()[:16]
+glyphs = pytest.fixture(bars, scope="module")
 
 
 def same(a, b):
