@@ -29,7 +29,7 @@ figures:  ## Draw the figures of one script again: make figures SCRIPT=... ARGS=
 bench:  ## Time the scripts beside the same models in PyTorch
 	$(PYTHON) -m bench.speed $(ARGS)
 
-results:  ## Run what the README's tables rest on (an hour on two cores)
+results:  ## Run what the tables rest on that has no record yet (hours, if none has)
 	$(PYTHON) -m bench.results $(SCRIPT)
 
 showcase:  ## Draw and collect the committed figures, GIF and weights from those runs
