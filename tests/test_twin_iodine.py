@@ -15,8 +15,8 @@ SETTINGS = {
     "dsprites, leaky, lstm": {"data": "dsprites", "activation": "leaky", "lstm": True},
     "paper": {"decoder": "broadcast", "kernel": 5, "refine_kernel": 5, "pool": "average"},
     "binary, logistic": {"data": "binary", "components": "logistic", "decoder": "broadcast"},
-    "binary, planes": {"data": "binary", "decoder": "planes"},
-    "flat planes": {"decoder": "planes", "colours": "flat"},
+    "patch": {"decoder": "patch", "patch": 4},
+    "binary, patch": {"data": "binary", "decoder": "patch", "patch": 7},
     "composite": {"components": "composite"},
 }
 BOUNDS = {np.float64: 1e-9, np.float32: 1e-4}
