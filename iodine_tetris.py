@@ -82,6 +82,8 @@ class Config:
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
+    readings: int = cli.option(1, "how often a scene is read when scoring and drawing; the reading "
+                               "with the largest ELBO counts", low=1, high=50)
     latents: int = cli.option(64, "dimensions of z_k", low=1)
     decoder: str = cli.option("separable", "separable: products of row and column profiles; "
                               "patch: a small picture at a place; broadcast: the paper's",
@@ -141,7 +143,7 @@ PRESETS = {
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
               "lr": 3e-4, "lr_floor": 1.0, "warmup": 0, "decoder_lr": 1.0, "eval_every": 2000},
 }
-ADJUSTABLE = ("slots", "test_iterations", "objects", "sigma", "test_scenes")
+ADJUSTABLE = ("slots", "test_iterations", "readings", "objects", "sigma", "test_scenes")
 ACTIVATIONS = {"elu": elu, "leaky": leaky_relu}
 
 
@@ -553,8 +555,20 @@ def ground(cfg, images):
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images, key=0):
-    """What the slots have become after each refinement. Host arrays in and out."""
-    noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST, key)
+    """What the slots have become after each refinement. Host arrays in and out.
+
+    Where inference ends depends on its noise; of several readings, each scene keeps the best.
+    """
+    found = [read_once(p, cfg, images, key, n) for n in range(cfg.readings)]
+    best = np.argmax([guess.elbo[-1] for guess in found], 0)        # (B,)
+    return SimpleNamespace(**{name: np.stack([getattr(found[n], name)[:, b]
+                                              for b, n in enumerate(best)], 1)
+                              for name in vars(found[0])})
+
+
+def read_once(p, cfg, images, key, number):
+    """One reading: other noise for each number."""
+    noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST + number, key)
     black = ground(cfg, images)
     traces, _ = unroll(p, cfg, to_device(images - black), noise, cfg.sigma, [1.0] * len(noise))
     C, shape = images.shape[1], (len(images), cfg.slots)

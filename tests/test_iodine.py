@@ -273,6 +273,18 @@ def test_scenes_fit_the_model(data, canvas, shape):
     assert all(len(v) == cfg.test_iterations + 1 and np.isfinite(v).all() for v in found.values())
 
 
+def test_of_several_readings_each_scene_keeps_the_best():
+    cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=2)
+    p, images = Params(iodine.init(cfg, 0)), iodine.draw_scenes(cfg, 0, 0, 6).images
+    single = [iodine.read_once(p, cfg, images, 0, n) for n in range(3)]
+    kept = iodine.infer_scenes(p, replace(cfg, readings=3), images)
+    best = np.argmax([guess.elbo[-1] for guess in single], 0)
+    assert len(set(best)) > 1                           # or nothing would be chosen here
+    for b, n in enumerate(best):
+        for name, values in vars(kept).items():
+            np.testing.assert_array_equal(values[:, b], getattr(single[n], name)[:, b])
+
+
 def test_a_median_ground_counts_as_black():
     """A scene on grey is found as on black, and drawn on its grey."""
     cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=2, ground="median")
