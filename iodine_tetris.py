@@ -134,10 +134,10 @@ PRESETS = {
     "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
                  "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
                  "decoder_lr": 4.0},
-    "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3),
-               "decoder": "patch", "sigma": 0.5, "eval_every": 50, "eval_scenes": 40},
-    "shapes": {"steps": 3500, "data": "shapes", "canvas": 28, "decoder": "patch", "sigma": 0.5,
-               "eval_every": 100, "eval_scenes": 40},
+    "binary": {"steps": 8000, "data": "binary", "canvas": 32, "objects": (2, 3),
+               "decoder": "patch", "sigma": 0.5, "geco": 0.01, "decoder_lr": 4.0},
+    "shapes": {"steps": 8000, "data": "shapes", "canvas": 28, "decoder": "patch", "patch": 14,
+               "sigma": 0.5, "geco": 0.02, "decoder_lr": 4.0},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
@@ -178,11 +178,14 @@ def init(cfg, seed):
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
     elif cfg.decoder == "patch":
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        G, cells = cfg.patch, cfg.patch**2
-        layer("decode.1", cfg.decoder_units, 2 + (C + 1) * (cells + 1), 0.4)
-        line = np.linspace(-1, 1, G)
-        dome = 1 - line[:, None] ** 2 - line**2
-        arrays["decode.1.b"][-cells:] = DOME * np.maximum(dome, 0).ravel()
+        G, V = cfg.patch, cfg.decoder_units
+        layer("decode.1", V, 2 + (C + 1) * (G * G + 1), 0.4)
+        line = np.linspace(-1, 1, G)                                # at first: smooth and round
+        dome = np.maximum(1 - line[:, None] ** 2 - line**2, 0)
+        waves = np.cos(np.pi / 2 * np.outer(np.arange(4), line + 1))
+        forms = np.einsum("vcmn,mi,nj->vcij", rng.standard_normal((V, C + 1, 4, 4)), waves, waves)
+        arrays["decode.1.W"][:, C + 3:] = (0.5 / V**0.5 * dome * forms).reshape(V, -1)
+        arrays["decode.1.b"][-G * G:] = DOME * dome.ravel()
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
