@@ -171,8 +171,11 @@ def read_scenes(q, other, cfg, seed, total):
     return to_host(z), ranked
 
 
-def places(cfg, starts=5):
-    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods."""
+def places(p, cfg, path, starts=5):
+    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods.
+
+    It draws nothing, and has the model's scenes from its config alone.
+    """
     drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
     lit = (drawn.images - iodine.ground(cfg, drawn.images) != 0).any(1)
     owners = np.zeros(lit.shape, int)
@@ -325,7 +328,9 @@ def as_owners(pieces, side=7):
     return np.kron(grid, np.ones((BLOCK, BLOCK), int))
 
 
-STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca}
+STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca,
+           "vae": beside_vae, "places": places}
+FIRST = [*STUDIES][:4]          # those that need no more than the weights of default
 
 
 def study(names, weights, out, vae=None):
@@ -335,21 +340,16 @@ def study(names, weights, out, vae=None):
     p = fitting(arrays, iodine.init(cfg, 0))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if name == "places":
-            found = places(cfg)
-        elif name == "vae":
-            found = beside_vae(p, cfg, out / "vae.png", vae)
-        else:
-            found = STUDIES[name](p, cfg, out / f"{name}.png")
+        more = {"weights": vae} if name == "vae" else {}
+        found = STUDIES[name](p, cfg, out / f"{name}.png", **more)
         yield {"study": name, "weights": str(weights), "trained_on": cfg.data, **found}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "vae", "places", []],
-                        metavar="STUDY",
-                        help=f"{', '.join(STUDIES)} (default: all of these), vae, places")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="STUDY",
+                        help=f"{', '.join(STUDIES)} (default: {', '.join(FIRST)})")
     parser.add_argument("--vae", type=Path, help="weights of vae_scenes.py")
     parser.add_argument("--weights", type=Path, default=Path("results/iodine_tetris/weights.npz"))
     parser.add_argument("--out", type=Path, default=Path("runs/iodine_tetris/study"))
@@ -359,7 +359,7 @@ def main(argv=None):
     command = shlex.join(["python", "-m", "bench.iodine_study",
                           *(sys.argv[1:] if argv is None else argv)])
     try:
-        for record in study(args.studies or STUDIES, args.weights, args.out, args.vae):
+        for record in study(args.studies or FIRST, args.weights, args.out, args.vae):
             print(json.dumps(record), flush=True)
             with open(args.out / "study.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({**record, "machine": machine(), "command": command}) + "\n")
