@@ -90,7 +90,9 @@ class Config:
                               choices=("separable", "patch", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
     decoder_units: int = cli.option(256, "separable, patch: hidden units", low=1)
-    patch: int = cli.option(16, "patch: its side in pixels", low=1)
+    patch: int = cli.option(16, "patch: its side in pixels", low=2)
+    masks: str = cli.option("free", "patch: how much of it a slot wants; round: domes of three "
+                            "widths", choices=("free", "round"))
     features: int = cli.option(32, "broadcast: channels", low=1)
     layers: int = cli.option(4, "broadcast: convolutions before the last", low=1)
     kernel: int = cli.option(5, "broadcast: side of the kernels", choices=(3, 5))
@@ -131,11 +133,12 @@ PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
     "long": {"steps": 200_000, "eval_every": 5000},
-    "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
-                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
-                 "decoder_lr": 4.0},
-    "binary": {"steps": 8000, "data": "binary", "canvas": 32, "objects": (2, 3),
-               "decoder": "patch", "sigma": 0.5, "geco": 0.01, "decoder_lr": 4.0},
+    "dsprites": {"steps": 6000, "data": "dsprites", "canvas": 32, "ground": "median",
+                 "objects": (2, 3, 4, 5), "slots": 6, "test_iterations": 8, "sigma_first": 0.35,
+                 "sigma": 0.35, "geco": 0.01, "decoder_lr": 4.0},
+    "binary": {"steps": 6000, "data": "binary", "canvas": 32, "objects": (2, 3),
+               "decoder": "patch", "masks": "round", "sigma": 0.5, "geco": 0.02,
+               "decoder_lr": 4.0},
     "shapes": {"steps": 8000, "data": "shapes", "canvas": 28, "decoder": "patch", "patch": 14,
                "sigma": 0.5, "geco": 0.02, "decoder_lr": 4.0},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
@@ -178,14 +181,17 @@ def init(cfg, seed):
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
     elif cfg.decoder == "patch":
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        G, V = cfg.patch, cfg.decoder_units
-        layer("decode.1", V, 2 + (C + 1) * (G * G + 1), 0.4)
-        line = np.linspace(-1, 1, G)                                # at first: smooth and round
-        dome = np.maximum(1 - line[:, None] ** 2 - line**2, 0)
-        waves = np.cos(np.pi / 2 * np.outer(np.arange(4), line + 1))
+        G, V, own = cfg.patch, cfg.decoder_units, len(wanting(cfg))
+        layer("decode.1", V, 3 + C + C * G * G + own, 0.4)
+        waves = np.cos(np.pi / 2 * np.outer(np.arange(4), np.linspace(0, 2, G)))
         forms = np.einsum("vcmn,mi,nj->vcij", rng.standard_normal((V, C + 1, 4, 4)), waves, waves)
-        arrays["decode.1.W"][:, C + 3:] = (0.5 / V**0.5 * dome * forms).reshape(V, -1)
-        arrays["decode.1.b"][-G * G:] = DOME * dome.ravel()
+        forms = (0.5 / V**0.5 * dome(G) * forms).reshape(V, -1)     # at first: smooth and round
+        arrays["decode.1.W"][:, C + 3:C + 3 + C * G * G] = forms[:, :C * G * G]
+        if cfg.masks == "free":
+            arrays["decode.1.W"][:, -own:] = forms[:, C * G * G:]
+            arrays["decode.1.b"][-own:] = DOME * dome(G).ravel()
+        else:
+            arrays["decode.1.b"][-1] = DOME                         # of the widest
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -266,24 +272,40 @@ def decode_patch(p, cfg, z):
 
     What an object looks like is so learned once for all places.
     """
-    N, G, S, flat = len(z), cfg.patch, cfg.canvas, channels(cfg) + 3
+    N, G, S, C = len(z), cfg.patch, cfg.canvas, channels(cfg)
+    wants = xp.asarray(wanting(cfg), z.dtype)                       # (..., G*G)
     h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
-    a, back_a = linear(p, "decode.1", h)                            # (N, 2+(C+1)*(G*G+1))
-    patch = a[:, flat:].reshape(N, -1, G, G)                        # (N, C+1, G, G)
+    a, back_a = linear(p, "decode.1", h)                            # (N, ...)
+    seen, own = a[:, C + 3:-len(wants)], gemm(a[:, -len(wants):], wants)    # (N, C*G*G), (N, G*G)
+    patch = xp.concatenate([seen, own], 1).reshape(N, -1, G, G)     # (N, C+1, G, G)
     columns, back_columns = tents(a[:, 1], S, G)                    # (N, 1, S, G)
     rows, back_rows = tents(a[:, 0], S, G)                          # (N, 1, S, G)
     wide = gemm(patch, columns.swapaxes(2, 3))                      # (N, C+1, G, S)
-    y = gemm(rows, wide) + a[:, 2:flat, None, None]                 # (N, C+1, S, S)
+    y = gemm(rows, wide) + a[:, 2:C + 3, None, None]                # (N, C+1, S, S)
 
     def back(dy, g):
         dflat, dwide = dy.sum((2, 3)), gemm(rows.swapaxes(2, 3), dy)    # (N, C+1), (N, C+1, G, S)
         down = back_rows(gemm(dy, wide.swapaxes(2, 3)))             # (N, 1)
         across = back_columns(gemm(dwide.swapaxes(2, 3), patch))    # (N, 1)
         dpatch = gemm(dwide, columns).reshape(N, -1)                # (N, (C+1)*G*G)
-        dh = back_a(xp.concatenate([down, across, dflat, dpatch], 1), g)
+        dseen, dwants = dpatch[:, :-G * G], gemm(dpatch[:, -G * G:], wants.T)
+        dh = back_a(xp.concatenate([down, across, dflat, dseen, dwants], 1), g)
         return back_h(dh, g)
 
     return y, back
+
+
+def dome(side, width=1.0):
+    """1 in the middle of a patch, 0 from `width` times half its side on: (side, side)."""
+    line = np.linspace(-1, 1, side) / width
+    return np.maximum(1 - line[:, None] ** 2 - line**2, 0)
+
+
+def wanting(cfg):
+    """What the mask of a patch is a sum of: any pixels, or domes: (..., G*G)."""
+    if cfg.masks == "free":
+        return np.eye(cfg.patch**2)
+    return np.stack([dome(cfg.patch, width).ravel() for width in (0.4, 0.7, 1.0)])
 
 
 def tents(place, S, G):

@@ -33,13 +33,19 @@ def decode(p, cfg, z):
                             columns.reshape(N, R, S))
     if cfg.decoder == "patch":
         G, a = cfg.patch, linear(p, "decode.1", act(linear(p, "decode.0", z)))
-        O = (a.shape[1] - 2) // (G * G + 1)
-        place, flat, patch = a.split([2, O, O * G * G], 1)
+        C = 1 if cfg.data in ("binary", "shapes") else 3
+        sizes = [2, C + 1, C * G * G]
+        place, flat, patch, own = a.split([*sizes, a.shape[1] - sum(sizes)], 1)
+        if cfg.masks == "round":
+            line = torch.linspace(-1, 1, G, dtype=z.dtype, device=z.device)
+            away = line[:, None]**2 + line**2
+            own = own @ torch.stack([F.relu(1 - away / w**2).flatten() for w in (0.4, 0.7, 1.0)])
+        patch = torch.cat([patch, own], 1).reshape(N, -1, G, G)
         cells, pixels = (torch.arange(n, dtype=z.dtype, device=z.device) - (n - 1) / 2
                          for n in (G, S))
         away = pixels[:, None] - cells - place[:, :, None, None] * ((S - 1) / 2)
         rows, columns = F.relu(1 - away.abs()).unbind(1)
-        laid = torch.einsum("nig,nogh,njh->noij", rows, patch.reshape(N, -1, G, G), columns)
+        laid = torch.einsum("nig,nogh,njh->noij", rows, patch, columns)
         return laid + flat[:, :, None, None]
     line = torch.linspace(-1, 1, S, dtype=z.dtype, device=z.device)
     place = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(N, 2, S, S)

@@ -29,6 +29,7 @@ SETTINGS = {
     "broadcast, logistic, average": {"decoder": "broadcast", "components": "logistic",
                                      "pool": "average"},
     "patch": {"decoder": "patch"},
+    "patch, round": {"decoder": "patch", "masks": "round"},
     "composite": {"components": "composite"},
 }
 settings = pytest.mark.parametrize("name", SETTINGS)
@@ -158,9 +159,10 @@ def test_both_ways_back_agree_where_nothing_is_read_twice(rng):
 
 # ---------------------------------------------------------------- the pieces
 
-@pytest.mark.parametrize("decoder", iodine.DECODERS)
-def test_decoder_gradients(decoder, rng):
-    cfg, p, _, _, _ = setting(decoder=decoder)
+@pytest.mark.parametrize(("decoder", "masks"), [*((d, "free") for d in iodine.DECODERS),
+                                                ("patch", "round")])
+def test_decoder_gradients(decoder, masks, rng):
+    cfg, p, _, _, _ = setting(decoder=decoder, masks=masks)
     z = rng.standard_normal((3, cfg.latents))
     own = Params({key: a for key, a in p.items() if key.startswith("decode")}, np.float64)
     assert pullback_error(lambda z: iodine.DECODERS[decoder](own, cfg, z), [z], own) < BOUND

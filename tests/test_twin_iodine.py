@@ -16,7 +16,7 @@ SETTINGS = {
     "paper": {"decoder": "broadcast", "kernel": 5, "refine_kernel": 5, "pool": "average"},
     "binary, logistic": {"data": "binary", "components": "logistic", "decoder": "broadcast"},
     "patch": {"decoder": "patch", "patch": 4},
-    "binary, patch": {"data": "binary", "decoder": "patch", "patch": 7},
+    "binary, round patch": {"data": "binary", "decoder": "patch", "patch": 7, "masks": "round"},
     "composite": {"components": "composite"},
 }
 BOUNDS = {np.float64: 1e-9, np.float32: 1e-4}
