@@ -4,7 +4,7 @@
     python -m bench.iodine_study probe pca          some of them
     ... --weights FILE --out DIR                    of other weights; where pictures go
     ... vae --weights FILE --vae FILE               beside a VAE's (vae_scenes.py, multi-dSprites)
-    ... places --weights FILE                       the ARI of places alone, on the weights' data
+    ... places forms --weights FILE                 ARIs without a model, on the weights' data
 
     probe        an object's factors from its slot's latent, by a linear map          (Fig. 5)
     traversals   one dimension of one slot's latent at a time                         (Fig. 6)
@@ -12,8 +12,9 @@
     pca          latents of objects on their first two principal components           (Fig. 25)
     vae          factors of three objects, from their slots and from a VAE's one vector (Fig. 5)
     places       k-means of the lit pixels' coordinates, told how many objects there are
+    forms        told all but which object lies before which: what no picture in white can show
 
-Each but the last writes NAME.png, all append a record to study.jsonl. Scenes for learning the
+Each but the last two writes NAME.png, all append a record to study.jsonl. Scenes for learning the
 linear maps are of the validation stream, those that score them of the test stream.
 """
 
@@ -195,6 +196,16 @@ def k_means(at, count, rng, rounds=30):
     return ((at - means[nearest]) ** 2).sum(), nearest
 
 
+def forms(p, cfg, path):
+    """Segmentation by one who knows every form and place, and draws lots for who hides whom."""
+    drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
+    owners = np.zeros(drawn.masks.shape, int)
+    for own, amodal, count in zip(owners, drawn.amodal, drawn.counts, strict=True):
+        for k in rng.permutation(count):
+            own[amodal[k]] = k + 1
+    return {"ari_foreground": float(adjusted_rand_index(drawn.masks, owners).mean())}
+
+
 def pca(p, cfg, path):
     lam, factors = read_objects(p, cfg, iodine.TEST, SCENES[1])
     z = lam[:, :cfg.latents] - lam[:, :cfg.latents].mean(0)
@@ -329,7 +340,7 @@ def as_owners(pieces, side=7):
 
 
 STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca,
-           "vae": beside_vae, "places": places}
+           "vae": beside_vae, "places": places, "forms": forms}
 FIRST = [*STUDIES][:4]          # those that need no more than the weights of default
 
 

@@ -175,6 +175,13 @@ def test_places_alone_part_what_lies_apart(monkeypatch, rng):
     assert study.places(None, cfg, None) == {"ari_foreground": 1.0}
 
 
+def test_forms_fail_only_where_one_hides_another(monkeypatch):
+    monkeypatch.setattr(study, "SCENES", (40, 40))
+    assert study.forms(None, iodine.Config(), None) == {"ari_foreground": 1.0}      # tetris: apart
+    cfg = iodine.Config(data="binary", canvas=32, objects=(3,))
+    assert 0.5 < study.forms(None, cfg, None)["ari_foreground"] < 1
+
+
 def test_the_studies_from_the_command_line(model, tmp_path, capsys):
     p, cfg = model()
     save_weights(tmp_path / "w.npz", p.host(), cfg, about=cfg.data)
