@@ -196,14 +196,16 @@ def k_means(at, count, rng, rounds=30):
     return ((at - means[nearest]) ** 2).sum(), nearest
 
 
-def forms(p, cfg, path):
+def forms(p, cfg, path, lots=10):
     """Segmentation by one who knows every form and place, and draws lots for who hides whom."""
     drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
-    owners = np.zeros(drawn.masks.shape, int)
-    for own, amodal, count in zip(owners, drawn.amodal, drawn.counts, strict=True):
-        for k in rng.permutation(count):
-            own[amodal[k]] = k + 1
-    return {"ari_foreground": float(adjusted_rand_index(drawn.masks, owners).mean())}
+    owners = np.zeros((lots, *drawn.masks.shape), int)
+    for lot in owners:
+        for own, amodal, count in zip(lot, drawn.amodal, drawn.counts, strict=True):
+            for k in rng.permutation(count):
+                own[amodal[k]] = k + 1
+    return {"ari_foreground": float(np.mean([adjusted_rand_index(drawn.masks, lot)
+                                             for lot in owners]))}
 
 
 def pca(p, cfg, path):
