@@ -134,7 +134,7 @@ PRESETS = {
     "quick": {"steps": 600, "eval_every": 200},
     "long": {"steps": 200_000, "eval_every": 5000},
     "dsprites": {"steps": 4000, "data": "dsprites", "canvas": 32, "ground": "median",
-                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.5,
+                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.42,
                  "sigma_from": 0.25, "sigma_to": 0.4, "decoder_lr": 4.0},
     "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3),
                "decoder": "patch", "masks": "round", "sigma": 0.5, "geco": 0.03,
