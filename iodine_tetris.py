@@ -21,7 +21,7 @@ the refinement reads is a fact, and lambda^t = lambda^0 + the sum of the steps i
 differentiate: eq.2 and eq.3 then see a single backward pass, the one in the forward pass.
 
 Departures from the paper, each a flag (`--preset paper` has none of them):
-the decoder is separable, or of planes, not a broadcast decoder of convolutions; sigma begins large
+the decoder is separable, or a patch, not a broadcast decoder of convolutions; sigma begins large
 and falls; the refinement's last image is flattened, not averaged; inputs are differentiated as in
 `steps`.
 With `--geco` v is learned: it grows while log p is not what was asked for.
@@ -29,7 +29,7 @@ Always: gradients by the mask's logits instead of the mask, as the released code
 along each axis beside the constant as coordinates; layer normalisation without gain and offset.
 
 Dimension key: B batch, K slots, N = B K, T refinements, C channels, S canvas side, Z latents,
-F features (broadcast decoder) or edges (planes), V hidden units of the others, R rank of the
+F features (broadcast decoder), G side of the patch, V hidden units of the others, R rank of the
 separable decoder, M = 2 C + 6 maps that the refinement reads, Q features of its convolutions, s
 their side after the first, U its hidden units.
 """
@@ -48,7 +48,7 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm, tanh
+from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.processes import is_root, share
@@ -56,7 +56,7 @@ from common.store import load_weights, save_weights
 
 FIXED = {"tetris": 35, "shapes": 28}        # canvases that cannot be chosen
 VALIDATION, TEST = 1_000_001, 1_000_002     # seeds of the streams that no training run draws from
-STEEP, DISC = 4.0, 0.4      # first edges: how steep, how far from their middle (canvas: -1 to 1)
+DOME = 5.0                  # how much more a new slot wants the middle of its patch (mask logits)
 LONG, COMPARED = 15, 100    # refinements and scenes of the figures that compare
 VECTORS = ("posterior", "posterior-gradient")
 READERS = {                 # the inputs of eq.5 and eq.6, as the layers that read them find them
@@ -82,15 +82,18 @@ class Config:
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
+    readings: int = cli.option(1, "how often a scene is read when scoring and drawing; the reading "
+                               "with the largest ELBO counts", low=1, high=50)
     latents: int = cli.option(64, "dimensions of z_k", low=1)
     decoder: str = cli.option("separable", "separable: products of row and column profiles; "
-                              "planes: edges that the latent lays; broadcast: the paper's",
-                              choices=("separable", "planes", "broadcast"))
+                              "patch: a small picture at a place; broadcast: the paper's",
+                              choices=("separable", "patch", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
-    decoder_units: int = cli.option(256, "separable, planes: hidden units", low=1)
-    colours: str = cli.option("edges", "planes: what colours are made of; flat: one for each slot",
-                              choices=("edges", "flat"))
-    features: int = cli.option(32, "planes: edges; broadcast: channels", low=1)
+    decoder_units: int = cli.option(256, "separable, patch: hidden units", low=1)
+    patch: int = cli.option(16, "patch: its side in pixels", low=2)
+    masks: str = cli.option("free", "patch: how much of it a slot wants; round: domes of three "
+                            "widths", choices=("free", "round"))
+    features: int = cli.option(32, "broadcast: channels", low=1)
     layers: int = cli.option(4, "broadcast: convolutions before the last", low=1)
     kernel: int = cli.option(5, "broadcast: side of the kernels", choices=(3, 5))
     refine_features: int = cli.option(16, "channels of the refinement's convolutions", low=1)
@@ -130,19 +133,20 @@ PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
     "long": {"steps": 200_000, "eval_every": 5000},
-    "dsprites": {"steps": 2000, "data": "dsprites", "canvas": 32, "ground": "median",
-                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.35,
-                 "decoder_lr": 4.0},
-    "binary": {"steps": 1500, "data": "binary", "canvas": 32, "objects": (2, 3),
-               "decoder": "planes", "sigma": 0.5, "eval_every": 50, "eval_scenes": 40},
-    "shapes": {"steps": 3500, "data": "shapes", "canvas": 28, "decoder": "planes", "sigma": 0.5,
-               "eval_every": 100, "eval_scenes": 40},
+    "dsprites": {"steps": 4000, "data": "dsprites", "canvas": 32, "ground": "median",
+                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.42,
+                 "sigma_from": 0.25, "sigma_to": 0.4, "decoder_lr": 4.0},
+    "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3),
+               "decoder": "patch", "masks": "round", "sigma": 0.5, "geco": 0.03,
+               "decoder_lr": 4.0},
+    "shapes": {"steps": 7000, "data": "shapes", "canvas": 28, "slots": 6, "decoder": "patch",
+               "patch": 14, "sigma": 0.5, "geco": 0.01, "decoder_lr": 4.0},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
               "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
               "lr": 3e-4, "lr_floor": 1.0, "warmup": 0, "decoder_lr": 1.0, "eval_every": 2000},
 }
-ADJUSTABLE = ("slots", "test_iterations", "objects", "sigma", "test_scenes")
+ADJUSTABLE = ("slots", "test_iterations", "readings", "objects", "sigma", "test_scenes")
 ACTIVATIONS = {"elu": elu, "leaky": leaky_relu}
 
 
@@ -175,15 +179,19 @@ def init(cfg, seed):
         R, n = cfg.rank, 2 * cfg.rank * S                           # profiles, then colours
         layer("decode.1", cfg.decoder_units, n + R * (C + 1))
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
-    elif cfg.decoder == "planes":
-        F, turn = cfg.features, np.linspace(0, 2 * np.pi, cfg.features, endpoint=False)
+    elif cfg.decoder == "patch":
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        drawn = F * (C if cfg.colours == "edges" else 0)            # weights that are not of masks
-        layer("decode.1", cfg.decoder_units, 2 + 3 * F + C + drawn + F + 1, 0.4)
-        lean, lift = np.stack([np.cos(turn), np.sin(turn)], 1), np.full(F, -STEEP * DISC)
-        own = np.append(-np.ones(F), 0)                             # where all edges agree
-        parts = lean.ravel(), lift, np.zeros(C + drawn), own
-        arrays["decode.1.b"][2:] = np.concatenate(parts)
+        G, V, own = cfg.patch, cfg.decoder_units, len(wanting(cfg))
+        layer("decode.1", V, 3 + C + C * G * G + own, 0.4)
+        waves = np.cos(np.pi / 2 * np.outer(np.arange(4), np.linspace(0, 2, G)))
+        forms = np.einsum("vcmn,mi,nj->vcij", rng.standard_normal((V, C + 1, 4, 4)), waves, waves)
+        forms = (0.5 / V**0.5 * dome(G) * forms).reshape(V, -1)     # at first: smooth and round
+        arrays["decode.1.W"][:, C + 3:C + 3 + C * G * G] = forms[:, :C * G * G]
+        if cfg.masks == "free":
+            arrays["decode.1.W"][:, -own:] = forms[:, C * G * G:]
+            arrays["decode.1.b"][-own:] = DOME * dome(G).ravel()
+        else:
+            arrays["decode.1.b"][-1] = DOME                         # of the widest
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -259,41 +267,59 @@ def decode_separable(p, cfg, z):
     return y, back
 
 
-def decode_planes(p, cfg, z):
-    """Each layer is a weighed sum of F edges around a place: planes of any slope, squashed.
+def decode_patch(p, cfg, z):
+    """A small picture, laid around a place; further away a layer is flat.
 
-    A few edges bound a sprite, whatever its angle; the latent lays and weighs them.
+    What an object looks like is so learned once for all places.
     """
-    N, F, S = len(z), cfg.features, cfg.canvas
-    line = xp.linspace(-1, 1, S, dtype=z.dtype)
-    grid = xp.stack(xp.meshgrid(line, line, indexing="ij")).reshape(2, -1)      # (2, S*S)
+    N, G, S, C = len(z), cfg.patch, cfg.canvas, channels(cfg)
+    wants = xp.asarray(wanting(cfg), z.dtype)                       # (..., G*G)
     h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
     a, back_a = linear(p, "decode.1", h)                            # (N, ...)
-    place = a[:, :2, None]                                          # (N, 2, 1)
-    lean = STEEP * a[:, 2:2 * F + 2].reshape(N, F, 2)               # (N, F, 2)
-    lift = a[:, 2 * F + 2:3 * F + 2, None]                          # (N, F, 1)
-    edges, back_edges = tanh(gemm(lean, grid - place) + lift)       # (N, F, S*S)
-    flat = channels(cfg) if cfg.colours == "flat" else 0
-    colours = a[:, 3 * F + 2:3 * F + 2 + flat, None]                # (N, ..., 1)
-    w = a[:, 3 * F + 2 + flat:].reshape(N, -1, F + 1)               # (N, ..., F+1)
-    w, base = w[:, :, :F] / F**0.5, w[:, :, F:]                     # (N, ..., F), (N, ..., 1)
-    y = [xp.broadcast_to(colours, (N, flat, S * S)), gemm(w, edges) + base]
-    y = xp.concatenate(y, 1).reshape(N, -1, S, S)                   # (N, C+1, S, S)
+    seen, own = a[:, C + 3:-len(wants)], gemm(a[:, -len(wants):], wants)    # (N, C*G*G), (N, G*G)
+    patch = xp.concatenate([seen, own], 1).reshape(N, -1, G, G)     # (N, C+1, G, G)
+    columns, back_columns = tents(a[:, 1], S, G)                    # (N, 1, S, G)
+    rows, back_rows = tents(a[:, 0], S, G)                          # (N, 1, S, G)
+    wide = gemm(patch, columns.swapaxes(2, 3))                      # (N, C+1, G, S)
+    y = gemm(rows, wide) + a[:, 2:C + 3, None, None]                # (N, C+1, S, S)
 
     def back(dy, g):
-        dy = dy.reshape(N, -1, S * S)                               # (N, C+1, S*S)
-        dcolours, dy = dy[:, :flat].sum(2), dy[:, flat:]            # (N, ...), (N, ..., S*S)
-        dw = gemm(dy, edges.swapaxes(1, 2)) / F**0.5                # (N, ..., F)
-        dw = xp.concatenate([dw, dy.sum(2, keepdims=True)], 2)      # (N, ..., F+1)
-        du = back_edges(gemm(w.swapaxes(1, 2), dy))                 # (N, F, S*S)
-        dlift = du.sum(2, keepdims=True)                            # (N, F, 1)
-        dlean = gemm(du, grid.T) - dlift * place.swapaxes(1, 2)     # (N, F, 2)
-        dplace = -(lean * dlift).sum(1)                             # (N, 2)
-        parts = dplace, STEEP * dlean, dlift, dcolours, dw
-        dh = back_a(xp.concatenate([d.reshape(N, -1) for d in parts], 1), g)
+        dflat, dwide = dy.sum((2, 3)), gemm(rows.swapaxes(2, 3), dy)    # (N, C+1), (N, C+1, G, S)
+        down = back_rows(gemm(dy, wide.swapaxes(2, 3)))             # (N, 1)
+        across = back_columns(gemm(dwide.swapaxes(2, 3), patch))    # (N, 1)
+        dpatch = gemm(dwide, columns).reshape(N, -1)                # (N, (C+1)*G*G)
+        dseen, dwants = dpatch[:, :-G * G], gemm(dpatch[:, -G * G:], wants.T)
+        dh = back_a(xp.concatenate([down, across, dflat, dseen, dwants], 1), g)
         return back_h(dh, g)
 
     return y, back
+
+
+def dome(side, width=1.0):
+    """1 in the middle of a patch, 0 from `width` times half its side on: (side, side)."""
+    line = np.linspace(-1, 1, side) / width
+    return np.maximum(1 - line[:, None] ** 2 - line**2, 0)
+
+
+def wanting(cfg):
+    """What the mask of a patch is a sum of: any pixels, or domes: (..., G*G)."""
+    if cfg.masks == "free":
+        return np.eye(cfg.patch**2)
+    return np.stack([dome(cfg.patch, width).ravel() for width in (0.4, 0.7, 1.0)])
+
+
+def tents(place, S, G):
+    """How much of each of G cells around a place (-1 to 1) each of S pixels shows: (N, 1, S, G)."""
+    middle = (place[:, None, None, None] + 1) * ((S - 1) / 2) - (G - 1) / 2     # (N, 1, 1, 1)
+    pixels = xp.arange(S, dtype=place.dtype)[:, None] - xp.arange(G, dtype=place.dtype)
+    away = pixels - middle                                          # (N, 1, S, G)
+
+    def back(d):
+        """d: of what each channel reads, (N, C+1, S, G)."""
+        slope = xp.sign(away) * (xp.abs(away) < 1)                  # (N, 1, S, G)
+        return (d * slope).sum((1, 2, 3))[:, None] * ((S - 1) / 2)  # (N, 1)
+
+    return xp.maximum(1 - xp.abs(away), 0), back
 
 
 def decode_broadcast(p, cfg, z):
@@ -317,7 +343,7 @@ def decode_broadcast(p, cfg, z):
     return y, back
 
 
-DECODERS = {"separable": decode_separable, "planes": decode_planes, "broadcast": decode_broadcast}
+DECODERS = {"separable": decode_separable, "patch": decode_patch, "broadcast": decode_broadcast}
 
 
 # ================================================================ the bound, and its pullback
@@ -554,8 +580,20 @@ def ground(cfg, images):
 # ================================================================ reading scenes, scoring
 
 def infer_scenes(p, cfg, images, key=0):
-    """What the slots have become after each refinement. Host arrays in and out."""
-    noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST, key)
+    """What the slots have become after each refinement. Host arrays in and out.
+
+    Where inference ends depends on its noise; of several readings, each scene keeps the best.
+    """
+    found = [read_once(p, cfg, images, key, n) for n in range(cfg.readings)]
+    best = np.argmax([guess.elbo[-1] for guess in found], 0)        # (B,)
+    return SimpleNamespace(**{name: np.stack([getattr(found[n], name)[:, b]
+                                              for b, n in enumerate(best)], 1)
+                              for name in vars(found[0])})
+
+
+def read_once(p, cfg, images, key, number):
+    """One reading: other noise for each number."""
+    noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST + number, key)
     black = ground(cfg, images)
     traces, _ = unroll(p, cfg, to_device(images - black), noise, cfg.sigma, [1.0] * len(noise))
     C, shape = images.shape[1], (len(images), cfg.slots)

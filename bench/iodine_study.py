@@ -4,7 +4,7 @@
     python -m bench.iodine_study probe pca          some of them
     ... --weights FILE --out DIR                    of other weights; where pictures go
     ... vae --weights FILE --vae FILE               beside a VAE's (vae_scenes.py, multi-dSprites)
-    ... places --weights FILE                       the ARI of places alone, on the weights' data
+    ... places forms --weights FILE                 ARIs without a model, on the weights' data
 
     probe        an object's factors from its slot's latent, by a linear map          (Fig. 5)
     traversals   one dimension of one slot's latent at a time                         (Fig. 6)
@@ -12,8 +12,9 @@
     pca          latents of objects on their first two principal components           (Fig. 25)
     vae          factors of three objects, from their slots and from a VAE's one vector (Fig. 5)
     places       k-means of the lit pixels' coordinates, told how many objects there are
+    forms        told all but which object lies before which: what no picture in white can show
 
-Each but the last writes NAME.png, all append a record to study.jsonl. Scenes for learning the
+Each but the last two writes NAME.png, all append a record to study.jsonl. Scenes for learning the
 linear maps are of the validation stream, those that score them of the test stream.
 """
 
@@ -171,8 +172,11 @@ def read_scenes(q, other, cfg, seed, total):
     return to_host(z), ranked
 
 
-def places(cfg, starts=5):
-    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods."""
+def places(p, cfg, path, starts=5):
+    """Segmentation without a model: what is gained by splitting the picture into neighbourhoods.
+
+    It draws nothing, and has the model's scenes from its config alone.
+    """
     drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
     lit = (drawn.images - iodine.ground(cfg, drawn.images) != 0).any(1)
     owners = np.zeros(lit.shape, int)
@@ -190,6 +194,18 @@ def k_means(at, count, rng, rounds=30):
         means = np.array([at[nearest == k].mean(0) if (nearest == k).any() else means[k]
                           for k in range(count)])
     return ((at - means[nearest]) ** 2).sum(), nearest
+
+
+def forms(p, cfg, path, lots=10):
+    """Segmentation by one who knows every form and place, and draws lots for who hides whom."""
+    drawn, rng = iodine.draw_scenes(cfg, iodine.TEST, 0, SCENES[1]), np.random.default_rng(0)
+    owners = np.zeros((lots, *drawn.masks.shape), int)
+    for lot in owners:
+        for own, amodal, count in zip(lot, drawn.amodal, drawn.counts, strict=True):
+            for k in rng.permutation(count):
+                own[amodal[k]] = k + 1
+    return {"ari_foreground": float(np.mean([adjusted_rand_index(drawn.masks, lot)
+                                             for lot in owners]))}
 
 
 def pca(p, cfg, path):
@@ -325,7 +341,9 @@ def as_owners(pieces, side=7):
     return np.kron(grid, np.ones((BLOCK, BLOCK), int))
 
 
-STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca}
+STUDIES = {"probe": probe, "traversals": traversals, "ambiguous": ambiguous, "pca": pca,
+           "vae": beside_vae, "places": places, "forms": forms}
+FIRST = [*STUDIES][:4]          # those that need no more than the weights of default
 
 
 def study(names, weights, out, vae=None):
@@ -335,21 +353,16 @@ def study(names, weights, out, vae=None):
     p = fitting(arrays, iodine.init(cfg, 0))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if name == "places":
-            found = places(cfg)
-        elif name == "vae":
-            found = beside_vae(p, cfg, out / "vae.png", vae)
-        else:
-            found = STUDIES[name](p, cfg, out / f"{name}.png")
+        more = {"weights": vae} if name == "vae" else {}
+        found = STUDIES[name](p, cfg, out / f"{name}.png", **more)
         yield {"study": name, "weights": str(weights), "trained_on": cfg.data, **found}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "vae", "places", []],
-                        metavar="STUDY",
-                        help=f"{', '.join(STUDIES)} (default: all of these), vae, places")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="STUDY",
+                        help=f"{', '.join(STUDIES)} (default: {', '.join(FIRST)})")
     parser.add_argument("--vae", type=Path, help="weights of vae_scenes.py")
     parser.add_argument("--weights", type=Path, default=Path("results/iodine_tetris/weights.npz"))
     parser.add_argument("--out", type=Path, default=Path("runs/iodine_tetris/study"))
@@ -359,7 +372,7 @@ def main(argv=None):
     command = shlex.join(["python", "-m", "bench.iodine_study",
                           *(sys.argv[1:] if argv is None else argv)])
     try:
-        for record in study(args.studies or STUDIES, args.weights, args.out, args.vae):
+        for record in study(args.studies or FIRST, args.weights, args.out, args.vae):
             print(json.dumps(record), flush=True)
             with open(args.out / "study.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({**record, "machine": machine(), "command": command}) + "\n")

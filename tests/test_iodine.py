@@ -20,7 +20,7 @@ from viz import slots
 from viz.style import rgb, step_colour
 
 SMALL = {"canvas": 9, "slots": 3, "iterations": 2, "latents": 4, "rank": 3, "decoder_units": 6,
-         "features": 3, "layers": 2, "kernel": 3, "refine_features": 4, "units": 5}
+         "patch": 4, "features": 3, "layers": 2, "kernel": 3, "refine_features": 4, "units": 5}
 ONES = [1.0] * 4
 GOLDEN = 3283.6099                                      # the first loss of seed 0
 SETTINGS = {
@@ -28,8 +28,8 @@ SETTINGS = {
     "leaky, lstm": {"activation": "leaky", "lstm": True},
     "broadcast, logistic, average": {"decoder": "broadcast", "components": "logistic",
                                      "pool": "average"},
-    "planes": {"decoder": "planes"},
-    "flat planes": {"decoder": "planes", "colours": "flat"},
+    "patch": {"decoder": "patch"},
+    "patch, round": {"decoder": "patch", "masks": "round"},
     "composite": {"components": "composite"},
 }
 settings = pytest.mark.parametrize("name", SETTINGS)
@@ -159,10 +159,10 @@ def test_both_ways_back_agree_where_nothing_is_read_twice(rng):
 
 # ---------------------------------------------------------------- the pieces
 
-@pytest.mark.parametrize(("decoder", "colours"), [*((d, "edges") for d in iodine.DECODERS),
-                                                  ("planes", "flat")])
-def test_decoder_gradients(decoder, colours, rng):
-    cfg, p, _, _, _ = setting(decoder=decoder, colours=colours)
+@pytest.mark.parametrize(("decoder", "masks"), [*((d, "free") for d in iodine.DECODERS),
+                                                ("patch", "round")])
+def test_decoder_gradients(decoder, masks, rng):
+    cfg, p, _, _, _ = setting(decoder=decoder, masks=masks)
     z = rng.standard_normal((3, cfg.latents))
     own = Params({key: a for key, a in p.items() if key.startswith("decode")}, np.float64)
     assert pullback_error(lambda z: iodine.DECODERS[decoder](own, cfg, z), [z], own) < BOUND
@@ -273,6 +273,18 @@ def test_scenes_fit_the_model(data, canvas, shape):
     assert images.shape == shape and masks.shape == (2, *shape[2:])
     found = iodine.score(Params(iodine.init(cfg, 0)), cfg, [(images, masks)])
     assert all(len(v) == cfg.test_iterations + 1 and np.isfinite(v).all() for v in found.values())
+
+
+def test_of_several_readings_each_scene_keeps_the_best():
+    cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=2)
+    p, images = Params(iodine.init(cfg, 0)), iodine.draw_scenes(cfg, 0, 0, 6).images
+    single = [iodine.read_once(p, cfg, images, 0, n) for n in range(3)]
+    kept = iodine.infer_scenes(p, replace(cfg, readings=3), images)
+    best = np.argmax([guess.elbo[-1] for guess in single], 0)
+    assert len(set(best)) > 1                           # or nothing would be chosen here
+    for b, n in enumerate(best):
+        for name, values in vars(kept).items():
+            np.testing.assert_array_equal(values[:, b], getattr(single[n], name)[:, b])
 
 
 def test_a_median_ground_counts_as_black():

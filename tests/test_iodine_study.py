@@ -172,7 +172,14 @@ def test_places_alone_part_what_lies_apart(monkeypatch, rng):
     assert sorted(np.bincount(nearest)) == [40, 40, 40] and error < 120
     monkeypatch.setattr(study, "SCENES", (4, 4))
     cfg = iodine.Config(data="binary", canvas=32, objects=(1,))
-    assert study.places(cfg) == {"ari_foreground": 1.0}
+    assert study.places(None, cfg, None) == {"ari_foreground": 1.0}
+
+
+def test_forms_fail_only_where_one_hides_another(monkeypatch):
+    monkeypatch.setattr(study, "SCENES", (40, 40))
+    assert study.forms(None, iodine.Config(), None) == {"ari_foreground": 1.0}      # tetris: apart
+    cfg = iodine.Config(data="binary", canvas=32, objects=(3,))
+    assert 0.5 < study.forms(None, cfg, None)["ari_foreground"] < 1
 
 
 def test_the_studies_from_the_command_line(model, tmp_path, capsys):
@@ -181,8 +188,8 @@ def test_the_studies_from_the_command_line(model, tmp_path, capsys):
     study.main(["--weights", str(tmp_path / "w.npz"), "--out", str(tmp_path)])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
-    assert [r["study"] for r in printed] == [*study.STUDIES] == [r["study"] for r in kept]
-    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in study.STUDIES)
+    assert [r["study"] for r in printed] == study.FIRST == [r["study"] for r in kept]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in study.FIRST)
     with pytest.raises(SystemExit) as stop:
         study.main(["pca", "--weights", str(tmp_path / "none.npz")])
     assert stop.value.code == 2 and "no weights" in capsys.readouterr().err
