@@ -132,7 +132,7 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
-    "long": {"steps": 200_000, "eval_every": 5000},
+    "long": {"steps": 20_000, "eval_every": 2000},
     "dsprites": {"steps": 4000, "data": "dsprites", "canvas": 32, "ground": "median",
                  "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.42,
                  "sigma_from": 0.25, "sigma_to": 0.4, "decoder_lr": 4.0},
