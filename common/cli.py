@@ -154,7 +154,9 @@ def with_weights(parser, words, script, Config, adjustable):
     args = parser.parse_args(words)
     values, weights, about = load_weights(args.weights)
     cfg = configured(from_dict(Config, values, args.weights), args)
-    return cfg, weights, args, {"weights": args.weights, "trained_on": about}
+    path, here = args.weights, Path.cwd()
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    return cfg, weights, args, {"weights": path, "trained_on": about}
 
 
 # ================================================================ flags
