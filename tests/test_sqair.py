@@ -324,6 +324,27 @@ def test_hindsight_finds_places_and_velocities(rng):
     np.testing.assert_allclose(s[:, 4:6], velocity, atol=3e-3)
 
 
+def test_hindsight_fits_the_line_through_the_first_place(monkeypatch, rng):
+    """Least squares over four measured places that lie on no line; a second object begins late."""
+    cfg, T = sqair.Config(**SMALL, bounce=False), 4
+    p, places, states = Params(sqair.init(cfg, 0), np.float64), rng.standard_normal((T, 2, 3)), []
+    places[:, :, 0] = 0.3                           # scales do not move
+    for t in range(T):
+        state = sqair.nothing(cfg, 1, float)
+        state.there[0, :2], state.name[0, :2] = 1, [0, 1 if t else -1]
+        state.s[0, :2, 0] = 0.3
+        states.append(state)
+    measured = iter(places)
+    monkeypatch.setattr(sqair, "settled", lambda *args: next(measured))
+    s = sqair.in_hindsight(p, cfg, [None] * T, states).s[0]
+    for k, first in enumerate((0, 1)):
+        start, rest = places[first, k], places[first + 1:, k]
+        steps = np.arange(1, len(rest) + 1)[:, None]
+        velocity = np.linalg.lstsq(steps, rest - start, rcond=None)[0][0]
+        np.testing.assert_allclose(s[k, 3:6], velocity, atol=1e-12)
+        np.testing.assert_allclose(s[k, :3], start + len(rest) * velocity, atol=1e-12)
+
+
 def test_bounces_are_straight_lines_in_the_mirror():
     cfg = sqair.Config(**SMALL)
     p = Params(sqair.init(cfg, 0), np.float64)
