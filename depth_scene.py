@@ -170,8 +170,8 @@ PRESETS = {
     "paper": {**PAPER, "steps": 450_000, "batch_size": 100, "eval_every": 900},
     "paper-small": {**PAPER, "steps": 15_000, "batch_size": 16, "canvas": 32, "patch": 12,
                     "l1_cell": 4, "unet": (8, 16, 24, 24), "maps": (16, 32, 16, 8),
-                    "stages": (16, 32, 32, 48), "std_first": 0.1, "std": 0.05, "lr": 1e-3,
-                    "eval_scenes": 250},
+                    "stages": (16, 32, 32, 48), "std_first": 0.1, "std": 0.03, "lr": 1e-3,
+                    "lr_floor": 0.03, "lr_from": 0.6, "eval_scenes": 250},
 }
 C, GROUPS = 3, 4        # colours; groups of channels that are normalised together
 
