@@ -181,7 +181,8 @@ def init(cfg, seed):
         arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
     elif cfg.decoder == "patch":
         layer("decode.0", Z, cfg.decoder_units, 1.4)
-        G, V, own = cfg.patch, cfg.decoder_units, len(wanting(cfg))
+        G, V = cfg.patch, cfg.decoder_units
+        own = G * G if cfg.masks == "free" else 3                   # numbers that make the mask
         layer("decode.1", V, 3 + C + C * G * G + own, 0.4)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(4), np.linspace(0, 2, G)))
         forms = np.einsum("vcmn,mi,nj->vcij", rng.standard_normal((V, C + 1, 4, 4)), waves, waves)
@@ -273,11 +274,13 @@ def decode_patch(p, cfg, z):
     What an object looks like is so learned once for all places.
     """
     N, G, S, C = len(z), cfg.patch, cfg.canvas, channels(cfg)
-    wants = xp.asarray(wanting(cfg), z.dtype)                       # (..., G*G)
     h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
     a, back_a = linear(p, "decode.1", h)                            # (N, ...)
-    seen, own = a[:, C + 3:-len(wants)], gemm(a[:, -len(wants):], wants)    # (N, C*G*G), (N, G*G)
-    patch = xp.concatenate([seen, own], 1).reshape(N, -1, G, G)     # (N, C+1, G, G)
+    patch = a[:, C + 3:]                                            # (N, ...)
+    if cfg.masks == "round":
+        domes = xp.asarray(three_domes(G), z.dtype)                 # (3, G*G)
+        patch = xp.concatenate([patch[:, :-3], gemm(patch[:, -3:], domes)], 1)
+    patch = patch.reshape(N, -1, G, G)                              # (N, C+1, G, G)
     columns, back_columns = tents(a[:, 1], S, G)                    # (N, 1, S, G)
     rows, back_rows = tents(a[:, 0], S, G)                          # (N, 1, S, G)
     wide = gemm(patch, columns.swapaxes(2, 3))                      # (N, C+1, G, S)
@@ -288,8 +291,9 @@ def decode_patch(p, cfg, z):
         down = back_rows(gemm(dy, wide.swapaxes(2, 3)))             # (N, 1)
         across = back_columns(gemm(dwide.swapaxes(2, 3), patch))    # (N, 1)
         dpatch = gemm(dwide, columns).reshape(N, -1)                # (N, (C+1)*G*G)
-        dseen, dwants = dpatch[:, :-G * G], gemm(dpatch[:, -G * G:], wants.T)
-        dh = back_a(xp.concatenate([down, across, dflat, dseen, dwants], 1), g)
+        if cfg.masks == "round":
+            dpatch = xp.concatenate([dpatch[:, :-G * G], gemm(dpatch[:, -G * G:], domes.T)], 1)
+        dh = back_a(xp.concatenate([down, across, dflat, dpatch], 1), g)
         return back_h(dh, g)
 
     return y, back
@@ -301,11 +305,9 @@ def dome(side, width=1.0):
     return np.maximum(1 - line[:, None] ** 2 - line**2, 0)
 
 
-def wanting(cfg):
-    """What the mask of a patch is a sum of: any pixels, or domes: (..., G*G)."""
-    if cfg.masks == "free":
-        return np.eye(cfg.patch**2)
-    return np.stack([dome(cfg.patch, width).ravel() for width in (0.4, 0.7, 1.0)])
+def three_domes(side):
+    """What a round mask is a sum of, from narrow to wide: (3, side * side)."""
+    return np.stack([dome(side, width).ravel() for width in (0.4, 0.7, 1.0)])
 
 
 def tents(place, S, G):

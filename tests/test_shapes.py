@@ -90,11 +90,12 @@ IODINE = {"B": 14, "K": 4, "N": 56, "T": 5, "C": 3, "S": 15, "Z": 7, "F": 6, "R"
 def run_iodine():
     """All decoders, with and without memory, differentiated through and not."""
     images = np.random.default_rng(0).random((14, 3, 15, 15), np.float32)
-    for decoder, backprop in (("separable", "steps"), ("patch", "steps"), ("broadcast", "all")):
+    for decoder, masks, backprop in (("separable", "free", "steps"), ("patch", "free", "steps"),
+                                     ("patch", "round", "steps"), ("broadcast", "free", "all")):
         cfg = iodine.Config(canvas=15, slots=4, iterations=5, test_iterations=5, latents=7, rank=9,
                             decoder_units=11, patch=17, features=6, layers=2, kernel=3,
-                            refine_features=10, units=13, decoder=decoder, backprop=backprop,
-                            lstm=True, geco=0.01 * (decoder == "patch"))
+                            refine_features=10, units=13, decoder=decoder, masks=masks,
+                            backprop=backprop, lstm=True, geco=0.01 * (decoder == "patch"))
         p = Params(iodine.init(cfg, 0))
         noise = iodine.draw_noise(cfg, 14, 5, 0, 0)
         _, back = iodine.objective(p, cfg, images, noise, iodine.schedule(cfg, 0))
