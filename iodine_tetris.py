@@ -48,7 +48,7 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm
+from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm, mlp
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.processes import is_root, share
@@ -82,6 +82,10 @@ class Config:
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
+    noise: tuple[float, ...] = cli.option((0.7, 0.0), "when scoring and drawing: the share of the "
+                                          "posterior's standard deviations that is left in the "
+                                          "first three quarters of the refinements, and in the "
+                                          "last (1 1: as while training)", low=0.0, high=1.0)
     readings: int = cli.option(1, "how often a scene is read when scoring and drawing; the reading "
                                "with the largest ELBO counts", low=1, high=50)
     latents: int = cli.option(64, "dimensions of z_k", low=1)
@@ -89,7 +93,8 @@ class Config:
                               "patch: a small picture at a place; broadcast: the paper's",
                               choices=("separable", "patch", "broadcast"))
     rank: int = cli.option(32, "separable: number of products", low=1)
-    decoder_units: int = cli.option(256, "separable, patch: hidden units", low=1)
+    decoder_layers: int = cli.option(1, "separable, patch: hidden layers", low=1)
+    decoder_units: int = cli.option(256, "separable, patch: their units", low=1)
     patch: int = cli.option(16, "patch: its side in pixels", low=2)
     masks: str = cli.option("free", "patch: how much of it a slot wants; round: domes of three "
                             "widths", choices=("free", "round"))
@@ -146,7 +151,7 @@ PRESETS = {
               "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
               "lr": 3e-4, "lr_floor": 1.0, "warmup": 0, "decoder_lr": 1.0, "eval_every": 2000},
 }
-ADJUSTABLE = ("slots", "test_iterations", "readings", "objects", "sigma", "test_scenes")
+ADJUSTABLE = ("slots", "test_iterations", "noise", "readings", "objects", "sigma", "test_scenes")
 ACTIVATIONS = {"elu": elu, "leaky": leaky_relu}
 
 
@@ -174,25 +179,28 @@ def init(cfg, seed):
     def kernel(name, n_in, n_out, k, gain=1.0, bias=True):
         weight(name, (n_out, n_in, k, k), n_in * k * k, gain, n_out if bias else None)
 
+    if cfg.decoder != "broadcast":
+        V, last = cfg.decoder_units, f"decode.{cfg.decoder_layers}"
+        layer("decode.0", Z, V, 1.4)
+        for i in range(1, cfg.decoder_layers):
+            layer(f"decode.{i}", V, V, 1.2)
     if cfg.decoder == "separable":
-        layer("decode.0", Z, cfg.decoder_units, 1.4)
         R, n = cfg.rank, 2 * cfg.rank * S                           # profiles, then colours
-        layer("decode.1", cfg.decoder_units, n + R * (C + 1))
-        arrays["decode.1.b"][n:] = rng.standard_normal(R * (C + 1))
+        layer(last, V, n + R * (C + 1))
+        arrays[last + ".b"][n:] = rng.standard_normal(R * (C + 1))
     elif cfg.decoder == "patch":
-        layer("decode.0", Z, cfg.decoder_units, 1.4)
-        G, V = cfg.patch, cfg.decoder_units
+        G = cfg.patch
         own = G * G if cfg.masks == "free" else 3                   # numbers that make the mask
-        layer("decode.1", V, 3 + C + C * G * G + own, 0.4)
+        layer(last, V, 3 + C + C * G * G + own, 0.4)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(4), np.linspace(0, 2, G)))
         forms = np.einsum("vcmn,mi,nj->vcij", rng.standard_normal((V, C + 1, 4, 4)), waves, waves)
         forms = (0.5 / V**0.5 * dome(G) * forms).reshape(V, -1)     # at first: smooth and round
-        arrays["decode.1.W"][:, C + 3:C + 3 + C * G * G] = forms[:, :C * G * G]
+        arrays[last + ".W"][:, C + 3:C + 3 + C * G * G] = forms[:, :C * G * G]
         if cfg.masks == "free":
-            arrays["decode.1.W"][:, -own:] = forms[:, C * G * G:]
-            arrays["decode.1.b"][-own:] = DOME * dome(G).ravel()
+            arrays[last + ".W"][:, -own:] = forms[:, C * G * G:]
+            arrays[last + ".b"][-own:] = DOME * dome(G).ravel()
         else:
-            arrays["decode.1.b"][-1] = DOME                         # of the widest
+            arrays[last + ".b"][-1] = DOME                          # of the widest
     else:
         F, k_d = cfg.features, cfg.kernel
         for i in range(cfg.layers):
@@ -247,8 +255,7 @@ def decode_separable(p, cfg, z):
     A tetromino is the sum of a few such products, for its blocks lie in rows and columns.
     """
     N, R, S = len(z), cfg.rank, cfg.canvas
-    h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
-    a, back_a = linear(p, "decode.1", h)                            # (N, (2*S+C+1)*R)
+    a, back_a = mlp(p, "decode", z, ACTIVATIONS[cfg.activation])    # (N, (2*S+C+1)*R)
     rows = a[:, :S * R].reshape(N, 1, S, R) * (0.5 / R**0.5)        # (N, 1, S, R)
     columns = a[:, S * R:2 * S * R].reshape(N, R, S)                # (N, R, S)
     colours = a[:, 2 * S * R:].reshape(N, -1, 1, R)                 # (N, C+1, 1, R)
@@ -262,8 +269,7 @@ def decode_separable(p, cfg, z):
         drows = (colours * dleft).sum(1) * (0.5 / R**0.5)           # (N, S, R)
         dcolours = (rows * dleft).sum(2)                            # (N, C+1, R)
         da = xp.concatenate([d.reshape(N, -1) for d in (drows, dcolumns, dcolours)], 1)
-        dh = back_a(da, g)
-        return back_h(dh, g)
+        return back_a(da, g)
 
     return y, back
 
@@ -274,8 +280,7 @@ def decode_patch(p, cfg, z):
     What an object looks like is so learned once for all places.
     """
     N, G, S, C = len(z), cfg.patch, cfg.canvas, channels(cfg)
-    h, back_h = dense(p, "decode.0", z, ACTIVATIONS[cfg.activation])    # (N, V)
-    a, back_a = linear(p, "decode.1", h)                            # (N, ...)
+    a, back_a = mlp(p, "decode", z, ACTIVATIONS[cfg.activation])    # (N, ...)
     patch = a[:, C + 3:]                                            # (N, ...)
     if cfg.masks == "round":
         domes = xp.asarray(three_domes(G), z.dtype)                 # (3, G*G)
@@ -293,8 +298,7 @@ def decode_patch(p, cfg, z):
         dpatch = gemm(dwide, columns).reshape(N, -1)                # (N, (C+1)*G*G)
         if cfg.masks == "round":
             dpatch = xp.concatenate([dpatch[:, :-G * G], gemm(dpatch[:, -G * G:], domes.T)], 1)
-        dh = back_a(xp.concatenate([down, across, dflat, dpatch], 1), g)
-        return back_h(dh, g)
+        return back_a(xp.concatenate([down, across, dflat, dpatch], 1), g)
 
     return y, back
 
@@ -593,9 +597,18 @@ def infer_scenes(p, cfg, images, key=0):
                               for name in vars(found[0])})
 
 
+def calm(cfg):
+    """How much of the noise is left at each refinement (T+1, 1, 1)."""
+    if len(cfg.noise) != 2:
+        raise Fail("--noise takes two numbers: for the first refinements, and for the last")
+    early = np.arange(cfg.test_iterations + 1) < 0.75 * cfg.test_iterations
+    return np.where(early, *cfg.noise).astype(np.float32)[:, None, None]
+
+
 def read_once(p, cfg, images, key, number):
     """One reading: other noise for each number."""
     noise = draw_noise(cfg, len(images), cfg.test_iterations, TEST + number, key)
+    noise *= to_device(calm(cfg))
     black = ground(cfg, images)
     traces, _ = unroll(p, cfg, to_device(images - black), noise, cfg.sigma, [1.0] * len(noise))
     C, shape = images.shape[1], (len(images), cfg.slots)

@@ -6,10 +6,10 @@
     python -m bench.iodine_sweep geco           the likelihood's weight, fixed or learned
     ... --steps N --seeds 0 1 2                 longer, with other seeds
 
-All else is the default configuration. Stop it and start it again as you like: runs lie in
-runs/iodine_tetris/sweep/ and are continued; a finished one leaves a record in
-results/iodine_tetris/sweep-NAME.jsonl and is not trained again. Each call draws sweep-NAME.png from
-the records of its number of steps.
+All else is the default configuration, but scenes are read with all the noise, as in the paper.
+Stop it and start it again as you like: runs lie in runs/iodine_tetris/sweep/ and are continued; a
+finished one leaves a record in results/iodine_tetris/sweep-NAME.jsonl and is not trained again.
+Each call draws sweep-NAME.png from the records of its number of steps.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DIVERGED = 0.2              # squared error per pixel
 
 def trained(sweep, name, seed, steps):
     """A model's scores after each of 15 refinements, on each test."""
-    cfg = iodine.Config(steps=steps, **SWEEPS[sweep][name])
+    cfg = iodine.Config(steps=steps, noise=(1.0, 1.0), **SWEEPS[sweep][name])
     folder = RUNS / f"{sweep}-{name.replace(' ', '')}-steps{steps}-seed{seed}"
     run = Run(folder, cfg, seed, resume=True)
     p = iodine.learn(cfg, run)

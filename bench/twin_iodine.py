@@ -25,14 +25,17 @@ def linear(p, name, x):
 
 def decode(p, cfg, z):
     N, R, S, act = len(z), cfg.rank, cfg.canvas, activation(cfg)
+    if cfg.decoder != "broadcast":
+        for i in range(cfg.decoder_layers):
+            z = act(linear(p, f"decode.{i}", z))
+        a = linear(p, f"decode.{cfg.decoder_layers}", z)
     if cfg.decoder == "separable":
-        a = linear(p, "decode.1", act(linear(p, "decode.0", z)))
         rows, columns = a[:, :2 * S * R].chunk(2, 1)
         colours = a[:, 2 * S * R:].reshape(N, -1, R)
         return torch.einsum("nor,nir,nrj->noij", colours * (0.5 / R**0.5), rows.reshape(N, S, R),
                             columns.reshape(N, R, S))
     if cfg.decoder == "patch":
-        G, a = cfg.patch, linear(p, "decode.1", act(linear(p, "decode.0", z)))
+        G = cfg.patch
         C = 1 if cfg.data in ("binary", "shapes") else 3
         sizes = [2, C + 1, C * G * G]
         place, flat, patch, own = a.split([*sizes, a.shape[1] - sum(sizes)], 1)

@@ -25,10 +25,10 @@ ONES = [1.0] * 4
 GOLDEN = 3283.6099                                      # the first loss of seed 0
 SETTINGS = {
     "default": {},
-    "leaky, lstm": {"activation": "leaky", "lstm": True},
+    "leaky, lstm, deeper": {"activation": "leaky", "lstm": True, "decoder_layers": 3},
     "broadcast, logistic, average": {"decoder": "broadcast", "components": "logistic",
                                      "pool": "average"},
-    "patch": {"decoder": "patch"},
+    "patch": {"decoder": "patch", "decoder_layers": 2},
     "patch, round": {"decoder": "patch", "masks": "round"},
     "composite": {"components": "composite"},
 }
@@ -285,6 +285,19 @@ def test_of_several_readings_each_scene_keeps_the_best():
     for b, n in enumerate(best):
         for name, values in vars(kept).items():
             np.testing.assert_array_equal(values[:, b], getattr(single[n], name)[:, b])
+
+
+def test_readings_grow_calm():
+    cfg = iodine.Config(**{**SMALL, "canvas": 35}, test_iterations=8, noise=(0.7, 0.2))
+    np.testing.assert_allclose(iodine.calm(cfg).ravel(), [0.7] * 6 + [0.2] * 3)
+    p, images = Params(iodine.init(cfg, 0)), iodine.draw_scenes(cfg, 0, 0, 2).images
+    differs = {noise: [not np.array_equal(a, b) for a, b in zip(
+        *(iodine.read_once(p, replace(cfg, noise=noise), images, 0, n).recon for n in range(2)),
+        strict=True)] for noise in ((0.7, 0.0), (0.0, 0.7), (0.0, 0.0))}
+    assert differs == {(0.7, 0.0): [True] * 9, (0.0, 0.7): [False] * 6 + [True] * 3,
+                       (0.0, 0.0): [False] * 9}
+    with pytest.raises(Fail, match="two numbers"):
+        iodine.read_once(p, replace(cfg, noise=(0.5,)), images, 0, 0)
 
 
 def test_a_median_ground_counts_as_black():

@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch")
 
 SETTINGS = {
     "default": {},
-    "dsprites, leaky, lstm": {"data": "dsprites", "activation": "leaky", "lstm": True},
+    "dsprites, leaky, lstm": {"data": "dsprites", "activation": "leaky", "lstm": True,
+                              "decoder_layers": 2},
     "paper": {"decoder": "broadcast", "kernel": 5, "refine_kernel": 5, "pool": "average"},
     "binary, logistic": {"data": "binary", "components": "logistic", "decoder": "broadcast"},
-    "patch": {"decoder": "patch", "patch": 4},
+    "patch": {"decoder": "patch", "patch": 4, "decoder_layers": 3},
     "binary, round patch": {"data": "binary", "decoder": "patch", "patch": 7, "masks": "round"},
     "composite": {"components": "composite"},
 }
