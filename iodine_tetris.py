@@ -23,7 +23,7 @@ differentiate: eq.2 and eq.3 then see a single backward pass, the one in the for
 Departures from the paper, each a flag (`--preset paper` has none of them):
 the decoder is separable, or a patch, not a broadcast decoder of convolutions; sigma begins large
 and falls; the refinement's last image is flattened, not averaged; inputs are differentiated as in
-`steps`.
+`steps`; to score and draw, scenes are read with less noise than in training, and at last with none.
 With `--geco` v is learned: it grows while log p is not what was asked for.
 Always: gradients by the mask's logits instead of the mask, as the released code has it; two waves
 along each axis beside the constant as coordinates; layer normalisation without gain and offset.
@@ -82,10 +82,10 @@ class Config:
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
-    noise: tuple[float, ...] = cli.option((0.7, 0.0), "when scoring and drawing: the share of the "
-                                          "posterior's standard deviations that is left in the "
-                                          "first three quarters of the refinements, and in the "
-                                          "last (1 1: as while training)", low=0.0, high=1.0)
+    noise: tuple[float, ...] = cli.option(
+        (0.7, 0.0), "share of the posterior's standard deviations that is left when scoring and "
+        "drawing, in the first three quarters of the refinements and in the last (1 1: as the "
+        "paper, and as while training)", low=0.0, high=1.0)
     readings: int = cli.option(1, "how often a scene is read when scoring and drawing; the reading "
                                "with the largest ELBO counts", low=1, high=50)
     latents: int = cli.option(64, "dimensions of z_k", low=1)
@@ -137,19 +137,21 @@ class Config:
 PRESETS = {
     "default": {},
     "quick": {"steps": 600, "eval_every": 200},
-    "long": {"steps": 20_000, "eval_every": 2000},
-    "dsprites": {"steps": 4000, "data": "dsprites", "canvas": 32, "ground": "median",
-                 "objects": (2, 3, 4, 5), "slots": 6, "sigma_first": 0.35, "sigma": 0.42,
-                 "sigma_from": 0.25, "sigma_to": 0.4, "decoder_lr": 4.0},
+    "long": {"steps": 20_000, "test_iterations": 20, "eval_every": 2000},
+    "dsprites": {"steps": 3000, "data": "dsprites", "canvas": 32, "ground": "median",
+                 "objects": (2, 3, 4, 5), "slots": 6, "test_iterations": 20, "decoder_layers": 3,
+                 "sigma_first": 0.35, "sigma": 0.5, "sigma_from": 0.16, "sigma_to": 0.26,
+                 "decoder_lr": 4.0},
     "binary": {"steps": 3000, "data": "binary", "canvas": 32, "objects": (2, 3),
-               "decoder": "patch", "masks": "round", "sigma": 0.5, "geco": 0.03,
-               "decoder_lr": 4.0},
-    "shapes": {"steps": 7000, "data": "shapes", "canvas": 28, "slots": 6, "decoder": "patch",
-               "patch": 14, "sigma": 0.5, "geco": 0.01, "decoder_lr": 4.0},
+               "test_iterations": 20, "decoder": "patch", "masks": "round", "sigma": 0.5,
+               "geco": 0.03, "decoder_lr": 4.0},
+    "shapes": {"steps": 7000, "data": "shapes", "canvas": 28, "slots": 6, "test_iterations": 20,
+               "decoder": "patch", "patch": 14, "sigma": 0.5, "geco": 0.01, "decoder_lr": 4.0},
     "paper": {"steps": 1_000_000, "batch_size": 32, "iterations": 5, "test_iterations": 5,
-              "latents": 64, "decoder": "broadcast", "refine_features": 32, "refine_kernel": 5,
-              "pool": "average", "sigma_first": 0.1, "sigma": 0.1, "backprop": "all",
-              "lr": 3e-4, "lr_floor": 1.0, "warmup": 0, "decoder_lr": 1.0, "eval_every": 2000},
+              "noise": (1.0, 1.0), "decoder": "broadcast", "refine_features": 32,
+              "refine_kernel": 5, "pool": "average", "sigma_first": 0.1, "sigma": 0.1,
+              "backprop": "all", "lr": 3e-4, "lr_floor": 1.0, "warmup": 0, "decoder_lr": 1.0,
+              "eval_every": 2000},
 }
 ADJUSTABLE = ("slots", "test_iterations", "noise", "readings", "objects", "sigma", "test_scenes")
 ACTIVATIONS = {"elu": elu, "leaky": leaky_relu}

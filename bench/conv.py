@@ -1,7 +1,7 @@
 """Convolutions with their gradients beside PyTorch's, on this machine, in one process.
 
     python -m bench.conv                        two threads each: prints a table
-    python -m bench.conv --threads 1 --save     one thread each; appends to results/conv.jsonl
+    python -m bench.conv --threads 1 --save     one thread each; keeps the rows
 
 Both run in turn, again and again, and the fastest run of each counts. One thread is timed by the
 processor's time, which other programs do not take away; two are by the clock on the wall. PyTorch's
@@ -24,7 +24,7 @@ from common.conv import conv
 from common.ops import elu, identity
 from common.params import Params
 
-RESULTS = Path("results/conv.jsonl")
+RESULTS = Path("results/iodine_tetris/conv.jsonl")
 clock = time.process_time if THREADS == 1 else time.perf_counter
 SHAPES = [                      # images, input and output channels, kernel, stride, side
     (64, 16, 16, 3, 1, 35), (64, 32, 32, 3, 1, 35), (64, 16, 16, 5, 1, 35), (64, 32, 32, 5, 1, 35),

@@ -347,9 +347,9 @@ FIRST = [*STUDIES][:4]          # those that need no more than the weights of de
 
 
 def study(names, weights, out, vae=None):
-    """Run the analyses; their records."""
+    """Run the analyses, on scenes read with all the noise, as in the paper; their records."""
     config, arrays, _ = load_weights(weights)
-    cfg = cli.from_dict(iodine.Config, config, weights)
+    cfg = replace(cli.from_dict(iodine.Config, config, weights), noise=(1.0, 1.0))
     p = fitting(arrays, iodine.init(cfg, 0))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
