@@ -82,7 +82,7 @@ class Config:
     slots: int = cli.option(4, "K: slots, one of them for the background", low=2, high=16)
     iterations: int = cli.option(4, "T: refinements while training", low=1, high=50)
     test_iterations: int = cli.option(12, "refinements when scoring and drawing", low=1, high=50)
-    noise: tuple[float, ...] = cli.option(
+    noise: tuple[float, float] = cli.option(
         (0.7, 0.0), "share of the posterior's standard deviations that is left when scoring and "
         "drawing, in the first three quarters of the refinements and in the last (1 1: as the "
         "paper, and as while training)", low=0.0, high=1.0)
@@ -601,8 +601,6 @@ def infer_scenes(p, cfg, images, key=0):
 
 def calm(cfg):
     """How much of the noise is left at each refinement (T+1, 1, 1)."""
-    if len(cfg.noise) != 2:
-        raise Fail("--noise takes two numbers: for the first refinements, and for the last")
     early = np.arange(cfg.test_iterations + 1) < 0.75 * cfg.test_iterations
     return np.where(early, *cfg.noise).astype(np.float32)[:, None, None]
 

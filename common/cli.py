@@ -187,11 +187,12 @@ def add_fields(parser, Config, presets, names):
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        inner = (get_args(kind) or (kind,))[0]
+        kinds = get_args(kind)                          # of tuple[int, ...]: any number of values
+        inner = (kinds or (kind,))[0]
         metavar = None if meta["choices"] else {int: "N", float: "X"}.get(inner, "TEXT")
         group.add_argument(flag, type=number(inner, meta["low"], meta["high"]), help=text,
                            choices=meta["choices"], metavar=metavar,
-                           nargs="+" if get_args(kind) else None)
+                           nargs="+" if ... in kinds else len(kinds) or None)
 
 
 def number(kind, low=None, high=None):

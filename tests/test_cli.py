@@ -37,16 +37,17 @@ def weights(tmp_path):
 
 def test_training_leaves_a_folder_and_one_line(tmp_path, capsys):
     status, result, err = call(capsys, "--preset", "quick", "--seed", 3, "--widths", 4, 5, 6,
-                               "--no-bias", "--out", tmp_path)
+                               "--limits", 0, 9.5, "--no-bias", "--out", tmp_path)
     assert status == 0 and "step 20/20" in err
     assert (result["preset"], result["seed"], result["steps"]) == ("quick", 3, 20)
     assert result["empty"] is None                                  # JSON has no NaN
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["config"]["widths"] == [4, 5, 6] and config["config"]["lr"] == 0.05
+    assert config["config"]["limits"] == [0.0, 9.5]
     assert config["config"]["bias"] is False and config["seed"] == 3
     assert {"python", "numpy", "commit", "threads", "device", "preset"} < set(config)
     assert config["command"] == ("python toy_script.py --preset quick --seed 3 --widths 4 5 6 "
-                                 f"--no-bias --out {tmp_path}")
+                                 f"--limits 0 9.5 --no-bias --out {tmp_path}")
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20]
     assert set(lines[0]) == {"step", "seconds", "loss", "gradient", "norm"}
@@ -70,6 +71,8 @@ def test_default_folder_names_script_preset_and_seed(tmp_path, capsys, monkeypat
     (["--lr", "nan"], "argument --lr: nan is not a finite number"),
     (["--widths", "2", "0"], "argument --widths: 0 is below 1"),
     (["--widths"], "argument --widths: expected at least one argument"),
+    (["--limits", "2"], "argument --limits: expected 2 arguments"),
+    (["--limits", "1", "2", "3"], "unrecognized arguments: 3"),
     (["--noise", "pink"], "argument --noise: invalid choice: 'pink'"),
     (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
     (["--seed", "-1"], "argument --seed: -1 is below 0"),

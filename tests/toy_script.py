@@ -30,6 +30,7 @@ class Config:
     lr: float = cli.option(0.01, "learning rate", low=0.0, high=10.0)
     noise: str = cli.option("normal", "what disturbs the targets", choices=("normal", "none"))
     widths: tuple[int, ...] = cli.option((1, 2), "scales that rows are drawn from", low=1)
+    limits: tuple[float, float] = cli.option((-1e9, 1e9), "what targets are cut to")
     bias: bool = cli.option(True, "add 100 % of a constant")
     eval_every: int = cli.option(10, "updates between two lines of metrics", low=1)
     nan_at: int = cli.option(-1, "update whose loss is not a number")
@@ -47,7 +48,7 @@ def draw(cfg, seed, step):
     y = x @ np.linspace(-1, 1, D, dtype=np.float32) + np.float32(cfg.bias)
     if cfg.noise == "normal":
         y += 0.1 * rng.standard_normal(cfg.batch_size).astype(np.float32)
-    return to_device(x), to_device(y)
+    return to_device(x), to_device(y.clip(*np.float32(cfg.limits)))
 
 
 def predict(w, x):
