@@ -74,6 +74,7 @@ from common.metrics import (
 )
 from common.ops import (
     clamp, dense, elu, latent, leaky_relu, linear, logistic, mlp, relu, sigmoid,
+    softmax,
 )
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
@@ -370,16 +371,6 @@ def halvings(p, name, x, want_dx=True):
         return dx
 
     return x.reshape(len(x), -1), back
-
-
-def softmax(x):
-    e = xp.exp(x - x.max(-1, keepdims=True))
-    y = e / e.sum(-1, keepdims=True)
-
-    def back(dy):
-        return y * (dy - (dy * y).sum(-1, keepdims=True))
-
-    return y, back
 
 
 # ================================================================ where things are, and their tints

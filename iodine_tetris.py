@@ -48,7 +48,7 @@ from common.errors import Fail
 from common.files import as_picture, read_picture, read_scenes
 from common.metrics import adjusted_rand_index
 from common.mixture import KINDS, density, mixture
-from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm, mlp
+from common.ops import clamp, dense, elu, latent, leaky_relu, linear, lstm, mlp, softmax_back
 from common.optim import Optimiser, cosine, norm, ramp
 from common.params import Params, fitting
 from common.processes import is_root, share
@@ -428,16 +428,11 @@ def inputs(cfg, x, found):
         dmask, dposterior = dmaps[:, :, C + 1], dmaps[:, :, C + 2]  # (B, K, S, S), (B, K, S, S)
         y = found.y.reshape(dy.shape)                               # (B, K, C+1, S, S)
         _, de_dmean = density(x, y[:, :, :C], found.sigma, cfg.components)
-        dy[:, :, C] += softmax_back(dmask, pixels.mask)
-        dy[:, :, :C] += softmax_back(dposterior, pixels.posterior)[:, :, None] * de_dmean
+        dy[:, :, C] += softmax_back(dmask, pixels.mask, 1)
+        dy[:, :, :C] += softmax_back(dposterior, pixels.posterior, 1)[:, :, None] * de_dmean
         return dy.reshape(found.y.shape)
 
     return maps, dlam, back
-
-
-def softmax_back(dm, m):
-    """m = softmax(l) over the slots: dl."""
-    return m * (dm - (m * dm).sum(1, keepdims=True))
 
 
 def refine(p, cfg, still, maps, lam, dlam, state):

@@ -35,7 +35,9 @@ from common import cli, data, videos
 from common.conv import conv, conv_transpose
 from common.errors import Fail
 from common.files import as_picture, read_scenes, read_video
-from common.ops import clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid
+from common.ops import (
+    clamp, elu, gaussian_log_density, identity, linear, lstm, mlp, sigmoid, softmax,
+)
 from common.optim import Optimiser, cosine, norm
 from common.params import Params, fitting
 from common.probe import probe
@@ -300,11 +302,6 @@ def log_mean_exp(a):
     return top + xp.log(xp.exp(a - top[..., None]).mean(-1))
 
 
-def softmax(a):
-    e = xp.exp(a - a.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
 def resample(cfg, share, uniform):
     """Which videos resample, and every row's ancestor; systematic, with one number a video."""
     B, N = share.shape
@@ -335,7 +332,7 @@ def unroll(p, cfg, videos, noise):
         x_t, f_t, a_t = (xp.repeat(d[t], N, 0) for d in (xs, f, a))
         trace, state, back_t = step(p, cfg, x_t, f_t, a_t, state, noise.eps[t])
         log_v = log_v + trace.log_w.reshape(B, N)                   # (B, N)  eq.6
-        trace.share = softmax(log_v)                                # (B, N)
+        trace.share = softmax(log_v)[0]                             # (B, N)
         tired, ancestor = resample(cfg, trace.share, noise.uniform[t])      # (B,), (R,)  eq.6
         state, back_state = gather(state, ancestor)
         trace.closed = tired | (t == T - 1)                         # (B,)  eq.7

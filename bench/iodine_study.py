@@ -38,7 +38,7 @@ from common import cli, shapes
 from common.backend import to_device, to_host
 from common.errors import Fail
 from common.metrics import adjusted_rand_index
-from common.ops import linear
+from common.ops import linear, softmax
 from common.optim import Optimiser
 from common.params import Params, fitting
 from common.store import load_weights
@@ -93,16 +93,11 @@ def classify(z, labels, there, updates=1000, lr=0.03, decay=0.01):
     for t in range(updates):
         logits, back = linear(p, "probe", z)
         g.zero()
-        back((softmax(logits) - np.eye(len(kinds), dtype=z.dtype)[wanted]) / len(z), g)
+        back((softmax(logits)[0] - np.eye(len(kinds), dtype=z.dtype)[wanted]) / len(z), g)
         g.flush()
         g["probe.W"][...] += decay / len(z) * p["probe.W"]
         adam.update(g, lr, t + 1)
     return kinds[linear(p, "probe", there)[0].argmax(1)]
-
-
-def softmax(logits, axis=1):
-    weights = np.exp(logits - logits.max(axis, keepdims=True))
-    return weights / weights.sum(axis, keepdims=True)
 
 
 def regress(z, values, there):
@@ -247,7 +242,7 @@ def drawn_by(p, cfg, z):
     flat = to_device(z.reshape(-1, cfg.latents))
     y = to_host(iodine.DECODERS[cfg.decoder](p, cfg, flat)[0])
     y = y.reshape(*z.shape[:2], *y.shape[1:])
-    return (softmax(y[:, :, -1:]) * y[:, :, :-1]).sum(1)
+    return (softmax(y[:, :, -1:], 1)[0] * y[:, :, :-1]).sum(1)
 
 
 # ---------------------------------------------------------------- pictures with several answers

@@ -74,14 +74,19 @@ def clamp(x, low, high):
     return y, back
 
 
-def softmax(x):
-    y = xp.exp(x - x.max(1, keepdims=True))
-    y /= y.sum(1, keepdims=True)
+def softmax(x, axis=-1):
+    y = xp.exp(x - x.max(axis, keepdims=True))
+    y /= y.sum(axis, keepdims=True)
 
     def back(dy):
-        return y * (dy - (dy * y).sum(1, keepdims=True))
+        return softmax_back(dy, y, axis)
 
     return y, back
+
+
+def softmax_back(dy, y, axis=-1):
+    """What x receives; for those, too, who got y = softmax(x) in another way."""
+    return y * (dy - (dy * y).sum(axis, keepdims=True))
 
 
 def identity(x):

@@ -30,6 +30,7 @@ ACTIVATIONS = {
     "sigmoid": (ops.sigmoid, []),
     "tanh": (ops.tanh, []),
     "softmax": (ops.softmax, []),
+    "softmax of columns": (lambda x: ops.softmax(x, 0), []),
     "identity": (ops.identity, []),
     "clamp": (lambda x: ops.clamp(x, -1.5, 0.5), [-1.5, 0.5]),
 }

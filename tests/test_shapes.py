@@ -218,9 +218,6 @@ def run_features():
     features.lesson(Params(features.init(32, 2, 0)), s.images, kinds, numbers)
 
 
-# One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
-# A commented line of a listed module or function that no run executes fails, so list only what
-# the run covers, and give every dimension a size of its own.
 def run_probe():
     p, x = probe.init((4, 7, 5), 0), ones(6, 2, 4)
     x[3, 1] = 0
@@ -229,6 +226,9 @@ def run_probe():
     back_q(back_loss(1.0), p.grads())
 
 
+# One line a run: (what it proves: modules and functions, sizes of the dimensions, what to run).
+# A commented line of a listed module or function that no run executes fails, so list only what
+# the run covers, and give every dimension a size of its own.
 CASES = {
     "air": ([air], AIR, run_air),
     "sqair": ([sqair], SQAIR, run_sqair),
